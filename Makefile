@@ -1,0 +1,42 @@
+# Needs python3 (>= 3.11) and make; everything else goes into .venv from pinned, hashed versions.
+PYTHON ?= python3
+BIN := .venv/bin
+# Torch and transformers are references only: never in the lock, never needed by `make test`.
+REFERENCES ?= torch==2.13.0 transformers==5.23.0
+
+.PHONY: demo test test-parity test-all lint bench clean
+
+demo: .venv/.installed
+	$(BIN)/python main.py demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -q -n 2
+
+test-parity: .venv/.references
+	$(BIN)/python -m pytest -q -n 2 -m parity
+
+test-all: .venv/.references
+	$(BIN)/python -m pytest -q -n 2 -m "slow or parity or not slow"
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@! grep -nE '://|index-url' requirements/*.lock
+
+bench: .venv/.references
+	$(BIN)/python benchmarks/train_cpu.py
+
+.venv/.installed: requirements/dev.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llama_jax needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements/dev.lock
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/.references: .venv/.installed
+	$(BIN)/pip install -q --disable-pip-version-check $(REFERENCES)
+	@touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,449 @@
+"""The whole configuration schema, and how YAML files become it.
+
+Every section is a frozen, hashable pydantic model that refuses unknown keys. A value is written in
+one file (or one flag), checked here once, and only read after that. This module imports no jax, so
+`--help` answers at once and a bad configuration is refused before any device is touched.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+T = TypeVar("T", bound="Schema")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file, the key and the remedy."""
+
+
+class Schema(BaseModel):
+    """Base of every section: frozen, hashable, no unknown keys, docstrings become help."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+
+def fixed(**keywords: Any) -> Any:
+    """A field that a resumed run must keep: changing it would change what the run is."""
+    return Field(json_schema_extra={"resume": "fixed"}, **keywords)
+
+
+class RopeScaling(Schema):
+    """How rotary frequencies are stretched beyond the length a model was trained at."""
+
+    type: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
+    """none; linear (positions / factor); dynamic (NTK-aware base, grows with the length); yarn
+    (arXiv 2309.00071); llama3 (LLaMA 3.1, wavelength bands)."""
+    factor: float = Field(default=1.0, ge=1.0)
+    """By how much the context grows."""
+    original_context: int | None = Field(default=None, gt=0)
+    """Positions of the original training; needed by dynamic, yarn and llama3."""
+    low_freq_factor: float | None = Field(default=None, gt=0)
+    """llama3: wavelengths above original_context / low_freq_factor are divided by factor."""
+    high_freq_factor: float | None = Field(default=None, gt=0)
+    """llama3: wavelengths below original_context / high_freq_factor are kept."""
+    beta_fast: float | None = Field(default=None, gt=0)
+    """yarn: pairs that turn more often than this within original_context are kept (paper: 32)."""
+    beta_slow: float | None = Field(default=None, gt=0)
+    """yarn: pairs that turn less often than this are divided by factor (paper: 1)."""
+    attention_factor: float | None = Field(default=None, gt=0)
+    """yarn: scale of cos and sin; absent means 0.1 ln(factor) + 1."""
+
+    @model_validator(mode="after")
+    def _fields_belong_to_type(self) -> Self:
+        needs = {
+            "none": (),
+            "linear": (),
+            "dynamic": ("original_context",),
+            "yarn": ("original_context", "beta_fast", "beta_slow"),
+            "llama3": ("original_context", "low_freq_factor", "high_freq_factor"),
+        }[self.type]
+        optional = ("attention_factor",) if self.type == "yarn" else ()
+        for name in type(self).model_fields:
+            if name in ("type", "factor") or name in optional:
+                continue
+            given = getattr(self, name) is not None
+            if name in needs and not given:
+                raise ValueError(f"rope scaling '{self.type}' needs {name}")
+            if name not in needs and given:
+                raise ValueError(f"{name} has no meaning for rope scaling '{self.type}'; remove it")
+        if self.type == "none" and self.factor != 1.0:
+            raise ValueError("factor has no meaning for rope scaling 'none'; remove it")
+        if self.low_freq_factor and self.high_freq_factor:
+            if self.high_freq_factor <= self.low_freq_factor:
+                raise ValueError("high_freq_factor must be larger than low_freq_factor")
+        if self.beta_fast and self.beta_slow and self.beta_fast <= self.beta_slow:
+            raise ValueError("beta_fast must be larger than beta_slow")
+        return self
+
+
+class ModelConfig(Schema):
+    """The architecture: what decides the numbers, and nothing else.
+
+    No field has a default that a checkpoint should decide. Maximum length, mesh, data type and
+    kernels are settings of a run, not of a model.
+    """
+
+    d_model: int = Field(gt=0)
+    """Width of the residual stream."""
+    n_layers: int = Field(gt=0)
+    """Transformer blocks."""
+    n_heads: int = Field(gt=0)
+    """Query heads."""
+    n_kv_heads: int = Field(gt=0)
+    """Key and value heads: n_heads is multi-head, 1 multi-query, between them grouped-query."""
+    d_head: int = Field(gt=0)
+    """Width of one head (even: rotary embeddings turn pairs)."""
+    d_ff: int = Field(gt=0)
+    """Width of the feed-forward layer."""
+    vocab_size: int = Field(gt=0)
+    """Rows of the embedding."""
+    norm_eps: float = Field(gt=0)
+    """Epsilon of RMSNorm."""
+    rope_theta: float = Field(gt=0)
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling = RopeScaling()
+    """Stretching of the rotary frequencies."""
+    tie_embeddings: bool
+    """Whether the output matrix is the embedding, transposed."""
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
+            )
+        if self.d_head % 2:
+            raise ValueError(f"d_head ({self.d_head}) must be even: rotary embeddings turn pairs")
+        return self
+
+    @property
+    def n_groups(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.n_heads // self.n_kv_heads
+
+
+RematName = Literal["query", "key", "value", "attended", "attention_out", "gate", "up"]
+
+
+class ComputeConfig(Schema):
+    """How the model is computed; changes speed and memory, not the model."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products; parameters, norms, softmax and loss stay fp32."""
+    scan_layers: bool = True
+    """Compile one block and loop over it (fast compiles), or unroll all blocks (faster on CPU)."""
+    remat: Literal["none", "full", "named"] = "none"
+    """What the backward pass recomputes: nothing, everything, or all but remat_save."""
+    remat_save: tuple[RematName, ...] = ()
+    """With remat: named, the values kept for the backward pass."""
+    loss_chunks: int = Field(default=8, ge=1)
+    """Parts of the sequence whose logits exist at one time in the loss."""
+
+    @model_validator(mode="after")
+    def _remat_agrees(self) -> Self:
+        if self.remat_save and self.remat != "named":
+            raise ValueError(f"remat_save is read only with remat: named, not {self.remat}")
+        if self.remat == "named" and not self.remat_save:
+            raise ValueError(f"remat: named needs remat_save, some of {get_args(RematName)}")
+        return self
+
+
+class MeshConfig(Schema):
+    """How devices are arranged. The product must be the number of devices; one axis may be -1."""
+
+    data: int = -1
+    """Replicas of the model, each with its share of the batch."""
+    fsdp: int = 1
+    """Parts of parameters and optimizer state, gathered layer by layer; also splits the batch."""
+    tensor: int = 1
+    """Parts of each head group and feed-forward width (tensor parallelism)."""
+    rules: Literal["train", "decode"] = "train"
+    """Table that maps the model's axes to the mesh: train, or decode (weights stay in place)."""
+
+    @model_validator(mode="after")
+    def _sizes_make_sense(self) -> Self:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"{name} must be positive, or -1 for all remaining devices")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError("only one mesh axis may be -1 (all remaining devices)")
+        return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis name -> number of devices along it (-1: what is left), outermost first."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+
+
+class DataSource(Schema):
+    """One prepared corpus (a folder written by `data prepare`) and its share of the batches."""
+
+    path: str
+    """Folder of token shards."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the samples, relative to the other sources."""
+
+
+class DataConfig(Schema):
+    """What the model reads."""
+
+    sources: tuple[DataSource, ...] = fixed(min_length=1)
+    """Prepared corpora, mixed by weight."""
+    sequence_length: int = fixed(gt=0)
+    """Tokens of a row."""
+    batch_size: int = fixed(gt=0)
+    """Rows of one optimizer step, over all devices and accumulated parts."""
+    packing: Literal["packed", "padded"] = fixed(default="packed")
+    """packed: documents fill the row, kept apart by segment ids; padded: one document a row."""
+    shuffle: bool = fixed(default=True)
+    """Visit the rows of an epoch in an order drawn from the seed."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that read ahead; 0 reads in threads of this process. Never changes the order."""
+
+
+class OptimizerConfig(Schema):
+    """AdamW with a warmed-up schedule (Llama 2, section 2.2)."""
+
+    peak_lr: float = Field(default=3.0e-4, gt=0)
+    """Highest learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warmup; wsd holds the peak and falls over the last part."""
+    warmup_steps: int = Field(default=2000, ge=0)
+    """Steps of linear warmup from zero."""
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Last learning rate as a part of the peak (cosine, linear, wsd)."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """wsd: part of the steps spent falling."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1.0e-5, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay of matrices; norms are left alone."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Largest global norm of the gradient."""
+
+
+class CheckpointConfig(Schema):
+    """When checkpoints are written and which are kept."""
+
+    every: int = Field(default=1000, gt=0)
+    """Steps between checkpoints (one more is written at the end and on a stop signal)."""
+    keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    keep_best: int = Field(default=1, ge=0)
+    """Checkpoints with the lowest validation loss kept besides."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Keep each checkpoint whose step is a multiple of this, for ever."""
+    asynchronous: bool = True
+    """Write while training goes on."""
+
+
+class TrainConfig(Schema):
+    """Pretraining: everything that decides a run."""
+
+    out: str
+    """Folder of the run: checkpoints, metrics, plots. The same command continues it."""
+    model: Annotated[ModelConfig, BeforeValidator(lambda value: _preset(value))] = fixed()
+    """Architecture: a name from configs/models, or the fields themselves."""
+    tokenizer: str
+    """Tokenizer file; copied into the run (its content must stay the same on resume)."""
+    data: DataConfig
+    """What the model reads."""
+    steps: int = Field(gt=0)
+    """Optimizer steps of the whole run."""
+    accumulate: int = Field(default=1, ge=1)
+    """Parts a batch is computed in; gradients are summed in fp32."""
+    seed: int = fixed(default=0, ge=0)
+    """Decides the initial parameters and the order of the data."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of log(Z)^2, which keeps logits from drifting (PaLM, section 5: 1e-4)."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and schedule."""
+    compute: ComputeConfig = ComputeConfig()
+    """How the model is computed."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices are arranged."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written and kept."""
+    parameters_from: str | None = None
+    """Start from the parameters of this checkpoint (optimizer and step start anew)."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between lines of metrics."""
+    evaluate_every: int = Field(default=500, gt=0)
+    """Steps between validation losses."""
+    evaluate_batches: int = Field(default=16, gt=0)
+    """Batches of a validation loss; all of the split where it is smaller."""
+    patience: int | None = Field(default=None, gt=0)
+    """Stop after this many validation losses without a new best."""
+    wandb: str | None = None
+    """Weights & Biases project to log to besides (extra: track)."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        rows, parts = self.data.batch_size, self.accumulate
+        if rows % parts:
+            raise ValueError(f"data.batch_size ({rows}) must be a multiple of accumulate ({parts})")
+        known = [n for n in (self.mesh.data, self.mesh.fsdp) if n != -1]
+        shards = known[0] * known[1] if len(known) == 2 else known[0]
+        if (rows // parts) % shards:
+            raise ValueError(
+                f"data.batch_size / accumulate ({rows // parts}) must be a multiple of "
+                f"mesh.data x mesh.fsdp ({shards}), which split the batch"
+            )
+        if self.data.sequence_length % self.compute.loss_chunks:
+            raise ValueError(
+                f"data.sequence_length ({self.data.sequence_length}) must be a multiple of "
+                f"compute.loss_chunks ({self.compute.loss_chunks})"
+            )
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be smaller than "
+                f"steps ({self.steps})"
+            )
+        return self
+
+
+class SamplingConfig(Schema):
+    """How the next token is chosen."""
+
+    max_new_tokens: int = Field(default=128, gt=0)
+    """Most tokens to add to a prompt."""
+    temperature: float = Field(default=0.6, ge=0)
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = Field(default=0, ge=0)
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    """Keep the likeliest tokens up to and including the one that reaches this probability."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Keep tokens at least this likely, relative to the likeliest."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the draws: same seed, same text."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer (and are cut from it)."""
+
+
+class GenerateConfig(Schema):
+    """Batch generation from a checkpoint."""
+
+    checkpoint: str
+    """Run folder, checkpoint or Hugging Face folder."""
+    prompts: tuple[str, ...] = ()
+    """Texts to continue."""
+    prompts_file: str | None = None
+    """JSONL with a "prompt" in each line."""
+    out: str | None = None
+    """JSONL to write; without it, answers are printed."""
+    stream: bool = True
+    """Print text as it comes (one prompt, no out)."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How the next token is chosen."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights, activations and cache."""
+    mesh: MeshConfig = MeshConfig(rules="decode")
+    """How devices are arranged."""
+
+    @model_validator(mode="after")
+    def _prompts_are_given(self) -> Self:
+        if bool(self.prompts) == bool(self.prompts_file):
+            raise ValueError("give prompts or prompts_file (one of them)")
+        return self
+
+
+def configs_folder() -> Path:
+    """The configs/ folder: inside the package when installed, beside it in a clone."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def model_names() -> list[str]:
+    """Names of every model in configs/models, sorted."""
+    return sorted(path.stem for path in (configs_folder() / "models").glob("*.yaml"))
+
+
+def load_model(name: str) -> ModelConfig:
+    """The ModelConfig of configs/models/<name>.yaml."""
+    path = configs_folder() / "models" / f"{name}.yaml"
+    if name not in model_names():
+        near = difflib.get_close_matches(name, model_names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else " `models` lists them."
+        raise ConfigError(f"No model is called '{name}'.{hint}")
+    return read(ModelConfig, path)
+
+
+def _preset(value: Any) -> Any:
+    """A model given by name becomes its fields; anything else passes to the schema."""
+    return load_model(value) if isinstance(value, str) else value
+
+
+def read(schema: type[T], path: str | Path) -> T:
+    """Reads one YAML file into a section.
+
+    Raises ConfigError naming the file, every bad key and, for an unknown key, the nearest one.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected 'key: value' lines at the top level")
+    return parse(schema, values, str(path))
+
+
+def parse(schema: type[T], values: dict[str, Any], origin: str) -> T:
+    """Checks a dict against a section; errors begin with `origin` (a file name, say)."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, schema, origin)) from error
+
+
+def explain(error: ValidationError, schema: type[Schema], origin: str) -> str:
+    """One line per mistake: origin, dotted key, what is wrong, the nearest valid key."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, dotted_keys(schema), n=1, cutoff=0.5)
+            message = "unknown key" + (f"; the nearest is '{near[0]}'" if near else "")
+        elif item["type"] == "missing":
+            message = "is required"
+        elif item["type"] != "value_error":
+            message += f" (got {item['input']!r})"
+        lines.append(": ".join(part for part in (origin, key, message) if part))
+    return "\n".join(lines)
+
+
+def dotted_keys(schema: type[Schema], prefix: str = "") -> list[str]:
+    """Every key of a schema, sections spelt out as section.field."""
+    keys = []
+    for name, field in schema.model_fields.items():
+        keys.append(prefix + name)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Schema):
+            keys += dotted_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def save(section: Schema, path: str | Path) -> None:
+    """Writes a section as YAML that `read` gives back equal."""
+    values = section.model_dump(mode="json")
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
