@@ -1,0 +1,1 @@
+"""The one model definition. Only this package imports Flax Linen; everybody else sees dicts."""

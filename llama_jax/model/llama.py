@@ -1,0 +1,242 @@
+"""The LLaMA family: one forward for training, prefill, decoding and verification.
+
+Decoder-only, pre-norm (arXiv 2302.13971, section 2.2; 2307.09288, section 2.2):
+
+    x = x + attention(norm(x));  x = x + feed_forward(norm(x));  logits = norm(x) @ head
+
+What differs between these uses is only which arguments are given: no cache (training), an empty
+cache and T tokens (prefill), a cache and one token (decode), a cache and k tokens (verify).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import ComputeConfig, ModelConfig
+from llama_jax.model.attention.grouped_query import GroupedQueryAttention, LayerCache
+from llama_jax.model.cache import KVCache
+from llama_jax.model.feed_forward import FeedForward
+from llama_jax.model.ops.attend import Visibility
+from llama_jax.model.ops.norm import rms_norm
+from llama_jax.model.ops.rope import rotations
+from llama_jax.model.param import box, fan_in_normal, param, split, stack_boxes
+from sharding.constrain import constrain
+from sharding.rules import Rules
+
+Params = dict[str, Any]
+Head = Literal["lm", "scalar", "none"]
+
+
+class Output(NamedTuple):
+    """What `Llama.apply` returns.
+
+    value: fp32 logits (B, T, V), fp32 scores (B, T) or hidden states (B, T, D), by `head`.
+    cache: the cache with this call's tokens in it, or None.
+    aux: auxiliary losses by name (none for a dense model).
+    """
+
+    value: jax.Array
+    cache: KVCache | None
+    aux: dict[str, jax.Array]
+
+
+class Layer(nn.Module):
+    """One block: attention and feed-forward, each on a normed copy of the residual stream."""
+
+    config: ModelConfig
+    rules: Rules | None
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        visibility: Visibility,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """(B, T, D) -> (B, T, D), and the layer's cache."""
+        D, eps = self.config.d_model, self.config.norm_eps
+        parts = (self.config, self.rules)
+        ones = nn.initializers.ones
+        attention_norm = param(self, "attention_norm", ones, (D,), ("embed",))
+        feed_forward_norm = param(self, "feed_forward_norm", ones, (D,), ("embed",))
+
+        y, cache = GroupedQueryAttention(*parts, name="attention")(
+            rms_norm(x_BTD, attention_norm, eps), rotation, visibility, cache
+        )
+        x = constrain(x_BTD + y, ("batch", "seq", "act_embed"), self.rules)
+        y = FeedForward(*parts, name="feed_forward")(rms_norm(x, feed_forward_norm, eps))
+        return constrain(x + y, ("batch", "seq", "act_embed"), self.rules), cache
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A model as a value: hashable, without state, a legal static argument of jit."""
+
+    config: ModelConfig
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    rules: Rules | None = None
+
+    def init(self, key: jax.Array, head: Head = "lm") -> Params:
+        """New fp32 parameters, layers stacked on a leading axis."""
+        return split(self._boxes(key, head))[0]
+
+    def shapes(self, head: Head = "lm") -> Params:
+        """The tree of `init` as ShapeDtypeStructs; nothing is allocated."""
+        return split(jax.eval_shape(lambda: self._boxes(jax.random.key(0), head)))[0]
+
+    def axes(self, head: Head = "lm") -> Params:
+        """The tree of `init` with the logical axis names of each array."""
+        return split(jax.eval_shape(lambda: self._boxes(jax.random.key(0), head)))[1]
+
+    def _boxes(self, key: jax.Array, head: Head) -> Params:
+        c = self.config
+        layer = Layer(c, self.rules)
+        embed_key, layers_key, head_key = jax.random.split(key, 3)
+        some_x = jnp.zeros((1, 1, c.d_model))
+        some_positions = jnp.zeros((1, 1), jnp.int32)
+        some_rotation = rotations(c, some_positions, None)
+        some_visibility = Visibility(some_positions, some_positions)
+
+        def init_layer(key: jax.Array) -> Any:
+            return layer.init(key, some_x, some_rotation, some_visibility, None)["params"]
+
+        ones = nn.initializers.ones
+        wide = fan_in_normal(c.d_model)
+        params = {
+            "embed": box(wide, embed_key, (c.vocab_size, c.d_model), ("vocab", "embed")),
+            "layers": stack_boxes(init_layer, jax.random.split(layers_key, c.n_layers)),
+            "final_norm": box(ones, head_key, (c.d_model,), ("embed",)),
+        }
+        if head == "lm" and not c.tie_embeddings:
+            params["head"] = box(wide, head_key, (c.d_model, c.vocab_size), ("embed", "vocab"))
+        if head == "scalar":
+            params["scalar_head"] = box(wide, head_key, (c.d_model,), ("embed",))
+        return params
+
+    def apply(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        cache: KVCache | None = None,
+        head: Head = "lm",
+    ) -> Output:
+        """The forward pass.
+
+        positions rise along a row within a document. segments tell documents of a row apart; 0 is
+        padding. With a cache the row is one document: segments only mark padding, which is not
+        stored. Ids and positions must be in range: the host checks, since jax does not.
+
+        params["layers"] stacked is scanned; a tuple of layers (`unstack`) is unrolled, as the cache
+        must then be.
+        """
+        visibility = Visibility(positions_BT, positions_BT, segments_BT, segments_BT)
+        slots_BT = positions_BT
+        if cache is not None:
+            visibility = Visibility(positions_BT, jnp.arange(cache.max_length)[None])
+            if segments_BT is not None:
+                slots_BT = jnp.where(segments_BT == 0, cache.max_length, positions_BT)
+        rotation = rotations(self.config, positions_BT, cache and cache.max_length)
+
+        x = params["embed"].at[tokens_BT].get(mode="clip").astype(self.compute.dtype)
+        x = constrain(x, ("batch", "seq", "act_embed"), self.rules)
+        x, cache = self._layers(params["layers"], x, rotation, visibility, cache, slots_BT)
+        x = rms_norm(x, params["final_norm"], self.config.norm_eps)
+        return Output(self._head(params, x, head), cache, {})
+
+    def _layers(
+        self,
+        layers: Any,
+        x: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        visibility: Visibility,
+        cache: KVCache | None,
+        slots_BT: jax.Array,
+    ) -> tuple[jax.Array, KVCache | None]:
+        layer = Layer(self.config, self.rules)
+
+        def block(
+            x: jax.Array, weights: Any, layer_cache: LayerCache | None
+        ) -> tuple[jax.Array, LayerCache | None]:
+            return layer.apply({"params": weights}, x, rotation, visibility, layer_cache)
+
+        stacked = not isinstance(layers, tuple)
+        scan = stacked and (self.compute.scan_layers or cache is not None)
+        block = _rematerialise(block, self.compute, inside_scan=scan)
+
+        if scan:
+
+            def body(carry: Any, xs: Any) -> tuple[Any, None]:
+                x, cache = carry
+                weights, index = xs
+                # The cache is carried and updated in place: as scan input and output it would
+                # exist twice.
+                mine = cache and LayerCache(cache.key, cache.value, index, slots_BT)
+                x, mine = block(x, weights, mine)
+                return (x, mine and KVCache(mine.key, mine.value)), None
+
+            indices = jnp.arange(self.config.n_layers)
+            (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, indices))
+            return x, cache
+
+        per_layer = _split_layers(layers) if stacked else layers
+        stored = []
+        for i, weights in enumerate(per_layer):
+            mine = cache and LayerCache(cache.key[i], cache.value[i], None, slots_BT)
+            x, mine = block(x, weights, mine)
+            stored.append(mine)
+        if cache is not None:
+            cache = KVCache(tuple(s.key for s in stored), tuple(s.value for s in stored))
+        return x, cache
+
+    def _head(self, params: Params, x: jax.Array, head: Head) -> jax.Array:
+        match head:
+            case "none":
+                return x
+            case "scalar":
+                weight = params["scalar_head"].astype(x.dtype)
+                return jnp.einsum("BTD,D->BT", x, weight, preferred_element_type=jnp.float32)
+            case "lm":
+                weight = self.output_weight(params).astype(x.dtype)
+                logits = jnp.einsum("BTD,DV->BTV", x, weight, preferred_element_type=jnp.float32)
+                return constrain(logits, ("batch", "seq", "act_vocab"), self.rules)
+
+    def output_weight(self, params: Params) -> jax.Array:
+        """The (D, V) matrix that turns hidden states into logits."""
+        return params["embed"].T if self.config.tie_embeddings else params["head"]
+
+
+def _rematerialise(block: Any, compute: ComputeConfig, inside_scan: bool) -> Any:
+    """The block with its activations recomputed in the backward pass, as `compute.remat` says."""
+    if compute.remat == "none":
+        return block
+    policy = None
+    if compute.remat == "named":
+        policy = jax.checkpoint_policies.save_only_these_names(*compute.remat_save)
+    # A scan already keeps the recomputation apart; unrolled layers need the barrier against CSE.
+    return jax.checkpoint(block, policy=policy, prevent_cse=not inside_scan)
+
+
+def _split_layers(layers: Any) -> tuple[Any, ...]:
+    """Stacked layers as L trees. The gradient of a split is one concatenation, not L scatters."""
+    leaves, tree = jax.tree.flatten(layers)
+    count = leaves[0].shape[0]
+    parts = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
+    return tuple(
+        jax.tree.unflatten(tree, [part[i].squeeze(0) for part in parts]) for i in range(count)
+    )
+
+
+def unstack(params: Params) -> Params:
+    """The same parameters with `layers` as a tuple of per-layer trees (for unrolled programs)."""
+    return {**params, "layers": _split_layers(params["layers"])}
+
+
+def stack(params: Params) -> Params:
+    """The inverse of `unstack`."""
+    return {**params, "layers": jax.tree.map(lambda *a: jnp.stack(a), *params["layers"])}

@@ -1,0 +1,1 @@
+"""The model's mathematics as pure functions of arrays."""

@@ -1,0 +1,110 @@
+"""Rotary position embeddings (Su et al., arXiv 2104.09864) and their scalings.
+
+Pair i of a head is (x[i], x[i + H/2]), the layout of Hugging Face checkpoints; Meta's own files
+interleave the pairs and are permuted when they are converted.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.config import ModelConfig, RopeScaling
+
+
+def inverse_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each pair, (H/2,) float64, with every scaling but dynamic applied."""
+    pairs = np.arange(0, config.d_head, 2, dtype=np.float64)
+    frequencies = config.rope_theta ** (-pairs / config.d_head)
+    scaling = config.rope_scaling
+    match scaling.type:
+        case "none" | "dynamic":
+            return frequencies
+        case "linear":
+            return frequencies / scaling.factor
+        case "llama3":
+            return _llama3(frequencies, scaling)
+        case "yarn":
+            return _yarn(frequencies, config)
+
+
+def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """LLaMA 3.1: long wavelengths are stretched, short ones kept, those between blended."""
+    original, low, high = _given(
+        scaling.original_context, scaling.low_freq_factor, scaling.high_freq_factor
+    )
+    wavelengths = 2 * np.pi / frequencies
+    keep = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def _yarn(frequencies: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """YaRN (arXiv 2309.00071, section 3.2): pairs that turn often are kept, slow ones stretched."""
+    scaling = config.rope_scaling
+    original, fast, slow = _given(scaling.original_context, scaling.beta_fast, scaling.beta_slow)
+
+    def pair_that_turns(times: float) -> float:
+        wavelength = original / times
+        return (
+            config.d_head * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
+        )
+
+    first = max(math.floor(pair_that_turns(fast)), 0)
+    last = min(math.ceil(pair_that_turns(slow)), config.d_head - 1)
+    # Equal ends would divide by zero; the reference widens the ramp by the same small amount.
+    ramp = (np.arange(config.d_head // 2) - first) / (last - first if last > first else 1e-3)
+    stretch = np.clip(ramp, 0, 1)
+    return frequencies * (1 - stretch) + frequencies / scaling.factor * stretch
+
+
+def _given(*values: float | None) -> tuple[float, ...]:
+    """Values that the schema has already required."""
+    return tuple(value for value in values if value is not None)
+
+
+def attention_factor(scaling: RopeScaling) -> float:
+    """Scale of cos and sin: 1, but for YaRN (section 3.3), which sharpens attention by it."""
+    if scaling.type != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 0.1 * math.log(scaling.factor) + 1.0
+
+
+def rotations(
+    config: ModelConfig, positions_BT: jax.Array, cache_length: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of every position and pair, each (B, T, H/2) fp32.
+
+    Dynamic scaling depends on a length. Without a cache it is the row's own (largest position + 1);
+    with one it is the cache's, fixed at its creation, so that keys stored early agree with late
+    ones.
+    """
+    frequencies = jnp.asarray(inverse_frequencies(config), jnp.float32)
+    if config.rope_scaling.type == "dynamic":
+        length_B1 = jnp.max(positions_BT, axis=1, keepdims=True) + 1
+        if cache_length is not None:
+            length_B1 = jnp.full_like(length_B1, cache_length)
+        frequencies = _dynamic(config, length_B1)[:, None, :]
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    factor = attention_factor(config.rope_scaling)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def _dynamic(config: ModelConfig, length_B1: jax.Array) -> jax.Array:
+    """NTK-aware scaling: the base grows with the length beyond the original context; (B, H/2)."""
+    scaling, width = config.rope_scaling, config.d_head
+    (original,) = _given(scaling.original_context)
+    length = jnp.maximum(length_B1.astype(jnp.float32), original)
+    growth = scaling.factor * length / original - (scaling.factor - 1)
+    base = config.rope_theta * growth ** (width / (width - 2))
+    return base ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+
+
+def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+    """Turns each pair of each head by its angle, in fp32; the result has the type of x."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
