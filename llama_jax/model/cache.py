@@ -1,17 +1,18 @@
 """The key-value cache: an explicit pytree that goes into `Llama.apply` and comes out of it.
 
-A token's slot is its position, so a row needs no other bookkeeping: a query at position p sees slots
-0..p, and whatever lies beyond is either unwritten or about to be overwritten.
+A token's slot is its position, so a row needs no other bookkeeping: a query at position p sees
+slots 0..p, and whatever lies beyond is either unwritten or about to be overwritten.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.config import ModelConfig
 
-Slabs = jax.Array | tuple[jax.Array, ...]
+Slabs = Any  # one stacked jax.Array, or a tuple of one jax.Array per layer
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +31,7 @@ class KVCache:
         config: ModelConfig,
         batch: int,
         max_length: int,
-        dtype: jnp.dtype | type = jnp.float32,
+        dtype: Any = jnp.float32,
         stacked: bool = True,
     ) -> "KVCache":
         """An empty cache for `batch` rows of at most `max_length` tokens."""
@@ -48,27 +49,44 @@ class KVCache:
         """The logical axis names of `init`'s arrays, in the same tree."""
         axes = ("batch", "kv_seq", "kv_heads", "head_dim")
         slabs = ("layers", *axes) if stacked else (axes,) * config.n_layers
-        return KVCache(key=slabs, value=slabs)  # type: ignore[arg-type]
+        return KVCache(key=slabs, value=slabs)
 
     @property
     def max_length(self) -> int:
         """Slots of a row."""
-        slab = self.key if isinstance(self.key, jax.Array) else self.key[0]
+        slab = self.key[0] if isinstance(self.key, tuple) else self.key
         return slab.shape[-3]
 
+    def layer(self, index: jax.Array | int, slots_BT: jax.Array) -> "LayerCache":
+        """One layer's part, to be written at `slots_BT`."""
+        if isinstance(self.key, tuple):
+            return LayerCache(self.key[index], self.value[index], None, slots_BT)
+        return LayerCache(self.key, self.value, index, slots_BT)
 
-def write(
-    slab: jax.Array, layer: jax.Array | None, slots_BT: jax.Array, new: jax.Array
-) -> jax.Array:
-    """Puts new (B, T, K, H) into the rows' slots, in place once compiled.
 
-    `layer` picks one layer of a stacked slab. A slot beyond the end drops its token.
+class LayerCache(NamedTuple):
+    """What one layer reads and writes.
+
+    key, value: its own (B, S, K, H), or the whole stacked slabs with its number in `depth`.
+    slots: (B, T), where this call's tokens go; a slot beyond the end drops its token.
     """
-    rows = jnp.arange(slots_BT.shape[0])[:, None]
-    where = (rows, slots_BT) if layer is None else (layer, rows, slots_BT)
-    return slab.at[where].set(new.astype(slab.dtype), mode="drop")
 
+    key: jax.Array
+    value: jax.Array
+    depth: jax.Array | int | None
+    slots: jax.Array
 
-def read(slab: jax.Array, layer: jax.Array | None) -> jax.Array:
-    """One layer's (B, S, K, H)."""
-    return slab if layer is None else jax.lax.dynamic_index_in_dim(slab, layer, keepdims=False)
+    def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "LayerCache":
+        """Stores this call's keys and values; in place once compiled."""
+        rows = jnp.arange(self.slots.shape[0])[:, None]
+        where: Any = (rows, self.slots) if self.depth is None else (self.depth, rows, self.slots)
+        return self._replace(
+            key=self.key.at[where].set(k_BTKH.astype(self.key.dtype), mode="drop"),
+            value=self.value.at[where].set(v_BTKH.astype(self.value.dtype), mode="drop"),
+        )
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of every slot, each (B, S, K, H)."""
+        if self.depth is None:
+            return self.key, self.value
+        return self.key[self.depth], self.value[self.depth]

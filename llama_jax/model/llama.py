@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import ComputeConfig, ModelConfig
-from llama_jax.model.attention.grouped_query import GroupedQueryAttention, LayerCache
-from llama_jax.model.cache import KVCache
+from llama_jax.model.attention.grouped_query import GroupedQueryAttention
+from llama_jax.model.cache import KVCache, LayerCache
 from llama_jax.model.feed_forward import FeedForward
 from llama_jax.model.ops.attend import Visibility
 from llama_jax.model.ops.norm import rms_norm
@@ -141,7 +141,8 @@ class Llama:
             visibility = Visibility(positions_BT, jnp.arange(cache.max_length)[None])
             if segments_BT is not None:
                 slots_BT = jnp.where(segments_BT == 0, cache.max_length, positions_BT)
-        rotation = rotations(self.config, positions_BT, cache and cache.max_length)
+        cache_length = None if cache is None else cache.max_length
+        rotation = rotations(self.config, positions_BT, cache_length)
 
         x = params["embed"].at[tokens_BT].get(mode="clip").astype(self.compute.dtype)
         x = constrain(x, ("batch", "seq", "act_embed"), self.rules)
@@ -170,28 +171,26 @@ class Llama:
         block = _rematerialise(block, self.compute, inside_scan=scan)
 
         if scan:
-
-            def body(carry: Any, xs: Any) -> tuple[Any, None]:
+            # The cache is carried and updated in place: as scan input and output it would exist
+            # twice.
+            def body(carry: tuple[jax.Array, KVCache | None], xs: Any) -> tuple[Any, None]:
                 x, cache = carry
-                weights, index = xs
-                # The cache is carried and updated in place: as scan input and output it would
-                # exist twice.
-                mine = cache and LayerCache(cache.key, cache.value, index, slots_BT)
-                x, mine = block(x, weights, mine)
-                return (x, mine and KVCache(mine.key, mine.value)), None
+                weights, depth = xs
+                x, mine = block(x, weights, cache.layer(depth, slots_BT) if cache else None)
+                return (x, KVCache(mine.key, mine.value) if mine else None), None
 
-            indices = jnp.arange(self.config.n_layers)
-            (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, indices))
+            depths = jnp.arange(self.config.n_layers)
+            (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, depths))
             return x, cache
 
         per_layer = _split_layers(layers) if stacked else layers
         stored = []
         for i, weights in enumerate(per_layer):
-            mine = cache and LayerCache(cache.key[i], cache.value[i], None, slots_BT)
-            x, mine = block(x, weights, mine)
-            stored.append(mine)
-        if cache is not None:
-            cache = KVCache(tuple(s.key for s in stored), tuple(s.value for s in stored))
+            x, mine = block(x, weights, cache.layer(i, slots_BT) if cache else None)
+            if mine:
+                stored.append(mine)
+        if cache:
+            cache = KVCache(tuple(c.key for c in stored), tuple(c.value for c in stored))
         return x, cache
 
     def _head(self, params: Params, x: jax.Array, head: Head) -> jax.Array:

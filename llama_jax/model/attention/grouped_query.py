@@ -3,29 +3,18 @@
 Multi-head attention is the case n_kv_heads = n_heads, multi-query the case n_kv_heads = 1.
 """
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelConfig
-from llama_jax.model import cache as kv
+from llama_jax.model.cache import LayerCache
 from llama_jax.model.ops.attend import Visibility, attend
 from llama_jax.model.ops.rope import rotate
 from llama_jax.model.param import fan_in_normal, param
 from sharding.constrain import constrain
 from sharding.rules import Rules
-
-
-class LayerCache(NamedTuple):
-    """What attention reads and writes: key and value slabs, and the layer within stacked slabs."""
-
-    key: jax.Array
-    value: jax.Array
-    layer: jax.Array | None
-    slots: jax.Array
 
 
 class GroupedQueryAttention(nn.Module):
@@ -68,12 +57,8 @@ class GroupedQueryAttention(nn.Module):
         k = checkpoint_name(rotate(k, *rotation), "key")
         v = checkpoint_name(v, "value")
         if cache is not None:
-            cache = cache._replace(
-                key=kv.write(cache.key, cache.layer, cache.slots, k),
-                value=kv.write(cache.value, cache.layer, cache.slots, v),
-            )
-            k = kv.read(cache.key, cache.layer).astype(dtype)
-            v = kv.read(cache.value, cache.layer).astype(dtype)
+            cache = cache.write(k, v)
+            k, v = (slab.astype(dtype) for slab in cache.read())
         attended = checkpoint_name(attend(q, k, v, visibility), "attended")
         y = jnp.einsum("BTNH,NHD->BTD", attended, wo.astype(dtype))
         return checkpoint_name(y, "attention_out"), cache
