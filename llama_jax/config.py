@@ -7,10 +7,11 @@ one file (or one flag), checked here once, and only read after that. This module
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 T = TypeVar("T", bound="Schema")
 
@@ -29,6 +30,16 @@ class Schema(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+
+    @classmethod
+    def spelled_out(cls, value: Any) -> Any:
+        """The section in full, where a file or a flag may write it as one word."""
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, value: Any) -> Any:
+        return cls.spelled_out(value)
 
 
 def fixed(**keywords: Any) -> Any:
@@ -77,11 +88,9 @@ class RopeScaling(Schema):
                 raise ValueError(f"{name} has no meaning for rope scaling '{self.type}'; remove it")
         if self.type == "none" and self.factor != 1.0:
             raise ValueError("factor has no meaning for rope scaling 'none'; remove it")
-        if self.low_freq_factor and self.high_freq_factor:
-            if self.high_freq_factor <= self.low_freq_factor:
-                raise ValueError("high_freq_factor must be larger than low_freq_factor")
-        if self.beta_fast and self.beta_slow and self.beta_fast <= self.beta_slow:
-            raise ValueError("beta_fast must be larger than beta_slow")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if low in needs and getattr(self, high) <= getattr(self, low):
+                raise ValueError(f"{high} must be larger than {low}")
         return self
 
 
@@ -114,6 +123,11 @@ class ModelConfig(Schema):
     """Stretching of the rotary frequencies."""
     tie_embeddings: bool
     """Whether the output matrix is the embedding, transposed."""
+
+    @classmethod
+    def spelled_out(cls, value: Any) -> Any:
+        """A name is the model of that name in configs/models."""
+        return load_model(value).model_dump(mode="json") if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> Self:
@@ -193,12 +207,17 @@ class DataSource(Schema):
     weight: float = Field(default=1.0, gt=0)
     """Share of the samples, relative to the other sources."""
 
+    @classmethod
+    def spelled_out(cls, value: Any) -> Any:
+        """A path alone is a source of weight 1."""
+        return {"path": value} if isinstance(value, str) else value
+
 
 class DataConfig(Schema):
     """What the model reads."""
 
     sources: tuple[DataSource, ...] = fixed(min_length=1)
-    """Prepared corpora, mixed by weight."""
+    """Prepared corpora, mixed by weight: paths, or entries of path and weight."""
     sequence_length: int = fixed(gt=0)
     """Tokens of a row."""
     batch_size: int = fixed(gt=0)
@@ -209,6 +228,70 @@ class DataConfig(Schema):
     """Visit the rows of an epoch in an order drawn from the seed."""
     workers: int = Field(default=0, ge=0)
     """Processes that read ahead; 0 reads in threads of this process. Never changes the order."""
+
+
+class TextConfig(Schema):
+    """Raw text, and how it is cut into documents."""
+
+    paths: tuple[str, ...] = Field(min_length=1)
+    """Files, folders or globs. JSON lines by suffix (.jsonl, .json, .ndjson), Parquet (.parquet),
+    all else plain text; .gz and .zst are opened on the way (.zst and .parquet need extra: data)."""
+    text_field: str = "text"
+    """Key (JSON lines) or column (Parquet) that holds the text."""
+    separator: str = ""
+    """Plain text: what stands between two documents of a file; empty: a file is one document."""
+    max_document_mb: int = Field(default=64, gt=0)
+    """Documents larger than this (MiB of UTF-8) are left out and reported."""
+
+
+class TokenizerTrainConfig(TextConfig):
+    """Learn a tokenizer as LLaMA's (SentencePiece BPE, byte fallback, digits split) from text."""
+
+    out: str
+    """File to write (an existing one is replaced); llama_jax looks for the name tokenizer.model."""
+    vocab_size: int = Field(default=32000, gt=259)
+    """Pieces, with <unk>, <s>, </s> and the 256 bytes among them."""
+    character_coverage: float = Field(default=0.99995, gt=0, le=1)
+    """Share of all characters that get a piece of their own; the rest are spelt in bytes."""
+    sample_mb: int = Field(default=256, gt=0)
+    """Text to learn from (MiB); of a larger corpus, documents are drawn by a hash of their text."""
+
+
+class TokenizerInspectConfig(Schema):
+    """Show what a tokenizer holds and how it cuts a text."""
+
+    path: str
+    """Tokenizer file, or a folder with a tokenizer.model."""
+    text: str = "Hello world! Llamas hum 1,234 songs.\n    def f(x): return x"
+    """Text to encode."""
+
+
+class DataPrepareConfig(TextConfig):
+    """Turn text into the token shards that training reads. The same command resumes."""
+
+    out: str
+    """Folder to write; `data.sources` of a training run names it."""
+    tokenizer: str
+    """Tokenizer file, or a folder with a tokenizer.model; copied beside the shards."""
+    validation_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the documents kept for validation, chosen by a hash of their text."""
+    workers: int = Field(default=0, ge=0)
+    """Tokenising processes; 0 means one per core. Never changes the output."""
+    shard_tokens: int = Field(default=2**27, gt=0)
+    """Tokens after which a shard is closed; a killed run continues after the last closed one."""
+
+
+class DataInspectConfig(Schema):
+    """Show what a prepared corpus holds."""
+
+    path: str
+    """Folder written by `data prepare`."""
+    split: Literal["train", "validation"] = "train"
+    """Split whose documents are shown."""
+    documents: int = Field(default=3, ge=0)
+    """Documents to print the beginning of, spread over the split."""
+    verify: bool = False
+    """Read everything: check each shard's SHA-256, its document starts and its token ids."""
 
 
 class OptimizerConfig(Schema):
@@ -256,7 +339,7 @@ class TrainConfig(Schema):
 
     out: str
     """Folder of the run: checkpoints, metrics, plots. The same command continues it."""
-    model: Annotated[ModelConfig, BeforeValidator(lambda value: _preset(value))] = fixed()
+    model: ModelConfig = fixed()
     """Architecture: a name from configs/models, or the fields themselves."""
     tokenizer: str
     """Tokenizer file; copied into the run (its content must stay the same on resume)."""
@@ -362,6 +445,28 @@ class GenerateConfig(Schema):
         return self
 
 
+class ModelsConfig(Schema):
+    """What `models` prints."""
+
+    length: int = Field(default=4096, gt=0)
+    """Tokens of a row; attention's FLOPs grow with it."""
+    as_json: bool = Field(default=False, alias="json")
+    """Print JSON instead of a table."""
+
+
+class DemoConfig(Schema):
+    """The whole path on two cores: corpus, tokenizer, training, generation."""
+
+    out: str = "runs/demo"
+    """Folder of everything the demo makes; the same command continues a stopped one."""
+    corpus: str | None = None
+    """Folder of .py files to learn from; by default Python's own standard library."""
+    steps: int | None = Field(default=None, gt=0)
+    """Optimizer steps, instead of those of the recipe."""
+    recipe: str = "demo"
+    """Run recipe: a name from configs/runs, or a file."""
+
+
 def configs_folder() -> Path:
     """The configs/ folder: inside the package when installed, beside it in a clone."""
     package = Path(__file__).parent
@@ -384,27 +489,26 @@ def load_model(name: str) -> ModelConfig:
     return read(ModelConfig, path)
 
 
-def _preset(value: Any) -> Any:
-    """A model given by name becomes its fields; anything else passes to the schema."""
-    return load_model(value) if isinstance(value, str) else value
-
-
 def read(schema: type[T], path: str | Path) -> T:
     """Reads one YAML file into a section.
 
     Raises ConfigError naming the file, every bad key and, for an unknown key, the nearest one.
     """
+    return parse(schema, read_yaml(path), str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The values of a YAML file, unchecked but for being `key: value` lines."""
     try:
         text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
-    try:
-        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines at the top level")
-    return parse(schema, values, str(path))
+    return values
 
 
 def parse(schema: type[T], values: dict[str, Any], origin: str) -> T:
@@ -436,11 +540,17 @@ def dotted_keys(schema: type[Schema], prefix: str = "") -> list[str]:
     """Every key of a schema, sections spelt out as section.field."""
     keys = []
     for name, field in schema.model_fields.items():
-        keys.append(prefix + name)
+        key = prefix + flag_name(name, field)
+        keys.append(key)
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Schema):
-            keys += dotted_keys(inner, f"{prefix}{name}.")
+            keys += dotted_keys(inner, f"{key}.")
     return keys
+
+
+def flag_name(name: str, field: FieldInfo) -> str:
+    """How users write a field, in YAML and as a flag."""
+    return field.alias or name
 
 
 def save(section: Schema, path: str | Path) -> None:
