@@ -7,7 +7,7 @@ judged together, by the schema alone, with one kind of message.
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 from rich.console import Console
@@ -88,7 +88,7 @@ def _item(annotation: Annotation) -> Annotation:
     return next(iter(get_args(annotation)), None)
 
 
-def _is_section(annotation: Annotation) -> bool:
+def _is_section(annotation: Annotation) -> TypeGuard[type[Schema]]:
     return isinstance(annotation, type) and issubclass(annotation, Schema)
 
 
