@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -38,23 +39,24 @@ def list_models(config: ModelsConfig) -> int:
     if config.as_json:
         print(json.dumps(rows, indent=2))
         return 0
-    table = Table(title=f"Models of configs/models (training FLOPs at length {config.length:,})")
-    table.add_column("name")
-    for heading in ("parameters", "layers", "d_model", "heads / kv", "d_ff", "vocabulary"):
-        table.add_column(heading, justify="right")
-    table.add_column("GFLOPs/token", justify="right")
-    table.add_column("cache bytes/token", justify="right")
+    title = f"Models of configs/models (training FLOPs at length {config.length:,})"
+    table = Table(title=title, box=SIMPLE_HEAD)
+    table.add_column("name", no_wrap=True)
+    for heading in ("parameters", "layers", "d_model", "heads/kv", "d_ff", "vocab"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("GFLOPs/token", justify="right", no_wrap=True)
+    table.add_column("cache B/token", justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["name"],
             f"{row['parameters']:,}",
             str(row["layers"]),
             str(row["d_model"]),
-            f"{row['heads']} / {row['kv_heads']}",
+            f"{row['heads']}/{row['kv_heads']}",
             f"{row['d_ff']:,}",
             f"{row['vocab_size']:,}",
             f"{row['training_flops_per_token'] / 1e9:,.3f}",
             f"{row['cache_bytes_per_token_bf16']:,}",
         )
-    Console().print(table)
+    Console(width=max(110, Console().width)).print(table)
     return 0
