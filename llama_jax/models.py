@@ -40,7 +40,7 @@ def list_models(config: ModelsConfig) -> int:
         print(json.dumps(rows, indent=2))
         return 0
     title = f"Models of configs/models (training FLOPs at length {config.length:,})"
-    table = Table(title=title, box=SIMPLE_HEAD)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("name", no_wrap=True)
     for heading in ("parameters", "layers", "d_model", "heads/kv", "d_ff", "vocab"):
         table.add_column(heading, justify="right", no_wrap=True)
