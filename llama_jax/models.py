@@ -58,5 +58,5 @@ def list_models(config: ModelsConfig) -> int:
             f"{row['training_flops_per_token'] / 1e9:,.3f}",
             f"{row['cache_bytes_per_token_bf16']:,}",
         )
-    Console(width=max(110, Console().width)).print(table)
+    Console(width=max(130, Console().width)).print(table)
     return 0
