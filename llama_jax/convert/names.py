@@ -6,6 +6,7 @@ the model width. Reshape and transpose follow from the letters, so each layout i
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -82,6 +83,12 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "H": config.d_head,
         "F": config.d_ff,
     }
+
+
+def hugging_face_names(tensor: Tensor, config: ModelConfig) -> Iterator[str]:
+    """The tensor's name, or its name in each layer, in order."""
+    layers = range(config.n_layers) if tensor.is_layered else range(1)
+    return (tensor.hugging_face.format(layer=layer) for layer in layers)
 
 
 def our_shape(tensor: Tensor, config: ModelConfig) -> tuple[int, ...]:

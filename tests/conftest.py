@@ -1,0 +1,27 @@
+"""Four CPU devices for the whole suite, and where the real data lies."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported. The suite is about numbers, not hardware; a GPU here would only be noise.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ warnings
+
+import jax
+import pytest
+
+# At most four: more devices than that on two cores starve XLA's collectives, which then abort the
+# process. For the same reason a test that runs steps on a mesh waits for each of them.
+jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real weights, tokenizers and corpora; skips where there is none."""
+    named = os.environ.get("LLAMA_JAX_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if named and not folder.is_dir():
+        pytest.fail(f"LLAMA_JAX_DATA names {folder}, which is not a folder")
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is absent (set LLAMA_JAX_DATA to its folder)")
+    return folder
