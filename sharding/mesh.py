@@ -54,8 +54,8 @@ def _resolve(sizes: Mapping[str, int], n_devices: int) -> tuple[int, ...]:
         )
     if not open_axes and n_devices != product:
         raise ValueError(
-            f"the mesh {text} needs {product} devices, but there are {n_devices}; change a size, "
-            "or set one of them to -1 for all remaining devices"
+            f"the mesh axes {text} multiply to {product}, but there are {n_devices} devices; "
+            "change a size, or set one of them to -1 for all remaining devices"
         )
     return tuple(n_devices // product if size == -1 else size for size in sizes.values())
 

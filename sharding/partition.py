@@ -24,6 +24,7 @@ def shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
         ValueError: the trees differ, or a leaf cannot be split as the rules say; the message names
             the leaf by its path, the number, the axes and the remedies.
     """
+    tree: Any  # a PyTreeDef, whose methods jax leaves untyped
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     try:
         # Guided by the tree of shapes: axis names are tuples, which alone would look like nodes.
@@ -46,7 +47,7 @@ def divided_spec(
 ) -> PartitionSpec:
     """The PartitionSpec of one array, once its dimensions are known to divide.
 
-    XLA would pad what does not divide, which costs memory and time in silence.
+    In a compiled program XLA would pad what does not, which costs memory and time in silence.
 
     Args:
         shape: the array's.
@@ -78,8 +79,8 @@ def divided_spec(
             sizes = " x ".join(f"{mesh_axis}={mesh_sizes[mesh_axis]}" for mesh_axis in split_by)
             raise ValueError(
                 f"{name}: dimension {dimension} ({axis}) is {size}, which {sizes} of the mesh does "
-                f"not divide. Use a {' x '.join(split_by)} that divides {size}, a multiple of "
-                f"{parts} in place of {size}, or rules that leave {axis} whole"
+                f"not divide. Use a mesh whose {' x '.join(split_by)} divides {size}, "
+                f"a multiple of {parts} in place of {size}, or rules that leave {axis} whole"
             )
     return spec
 

@@ -51,7 +51,7 @@ class Rules:
             near = difflib.get_close_matches(logical, table, n=1)
             hint = f"the nearest is '{near[0]}'" if near else f"known are {', '.join(table)}"
             raise ValueError(
-                f"the sharding rules have no axis '{logical}'; {hint}. Rename it, or add a rule for it"
+                f"the sharding rules have no axis '{logical}'; {hint}. Correct it, or add a rule"
             )
         return table[logical]
 
