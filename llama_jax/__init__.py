@@ -1,5 +1,7 @@
 """The LLaMA family (1, 2, 3.x) in JAX: one functional Flax model, from a laptop to a TPU pod.
 
+From Python:
+
     model = llama_jax.load("runs/demo")            # a run, a checkpoint or a Hugging Face folder
     model.logits([[1, 15043]])                     # fp32 (batch, length, vocab)
     model.generate(["def main("], temperature=0.8)

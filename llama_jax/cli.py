@@ -46,7 +46,7 @@ COMMANDS = {
     ),
     "tokenizer train": Command(
         schema.TokenizerTrainConfig,
-        "llama_jax.tokenizer.sentencepiece:train_tokenizer",
+        "llama_jax.tokenizer.train:train_tokenizer",
         "Train a SentencePiece tokenizer with LLaMA's settings.",
     ),
     "tokenizer inspect": Command(
@@ -61,7 +61,7 @@ COMMANDS = {
     ),
     "data inspect": Command(
         schema.DataInspectConfig,
-        "llama_jax.data.shards:inspect_corpus",
+        "llama_jax.data.inspect:inspect_corpus",
         "Check a prepared corpus and show rows of it.",
     ),
     "models": Command(

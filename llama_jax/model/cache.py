@@ -78,12 +78,24 @@ class LayerCache(NamedTuple):
 
     def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "LayerCache":
         """Stores this call's keys and values; in place once compiled."""
-        rows = jnp.arange(self.slots.shape[0])[:, None]
-        where: Any = (rows, self.slots) if self.depth is None else (self.depth, rows, self.slots)
-        return self._replace(
-            key=self.key.at[where].set(k_BTKH.astype(self.key.dtype), mode="drop"),
-            value=self.value.at[where].set(v_BTKH.astype(self.value.dtype), mode="drop"),
+        return self._replace(key=self._put(self.key, k_BTKH), value=self._put(self.value, v_BTKH))
+
+    def _put(self, slab: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        # The batch is a batching dimension of the scatter: with row numbers as indices, XLA would
+        # gather every row's tokens onto every device of a mesh that splits the batch.
+        if self.depth is None:
+            index, fixed, batch = self.slots[..., None], (1,), 0
+        else:
+            depths = jnp.full_like(self.slots, self.depth)
+            index, fixed, batch = jnp.stack([depths, self.slots], -1), (0, 2), 1
+        dimensions = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(2, 3),
+            inserted_window_dims=fixed,
+            scatter_dims_to_operand_dims=fixed,
+            operand_batching_dims=(batch,),
+            scatter_indices_batching_dims=(0,),
         )
+        return jax.lax.scatter(slab, index, new_BTKH.astype(slab.dtype), dimensions, mode="drop")
 
     def read(self) -> tuple[jax.Array, jax.Array]:
         """Keys and values of every slot, each (B, S, K, H)."""
