@@ -276,7 +276,7 @@ class DataPrepareConfig(TextConfig):
     validation_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of the documents kept for validation, chosen by a hash of their text."""
     workers: int = Field(default=0, ge=0)
-    """Tokenising processes; 0 means one per core. Never changes the output."""
+    """Tokenising processes; 0: one per core, fewer for little text. Never changes the output."""
     shard_tokens: int = Field(default=2**27, gt=0)
     """Tokens after which a shard is closed; a killed run continues after the last closed one."""
 
@@ -291,7 +291,7 @@ class DataInspectConfig(Schema):
     documents: int = Field(default=3, ge=0)
     """Documents to print the beginning of, spread over the split."""
     verify: bool = False
-    """Read everything: check each shard's SHA-256, its document starts and its token ids."""
+    """Read everything, and check the SHA-256 of each shard."""
 
 
 class OptimizerConfig(Schema):
