@@ -1,0 +1,1 @@
+"""Generation: choosing tokens, the decoding loop, and text."""
