@@ -1,0 +1,1 @@
+"""Training: optimizer, step, checkpoints, metrics and the loop that joins them."""

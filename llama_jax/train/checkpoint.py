@@ -1,0 +1,459 @@
+"""Checkpoints: written while training goes on, whole or not at all, checked before use.
+
+    checkpoints/<step>/state/params       parameters (Orbax; loads on any mesh)
+    checkpoints/<step>/state/<tree>       whatever else resuming needs
+    checkpoints/<step>/progress.json      format, step, seed, position in the data, losses, versions
+    checkpoints/<step>/config.yaml ...    copies of the run's files
+    checkpoints/<step>/manifest.json      size and SHA-256 of each file above
+
+A step is written as <step>.tmp and renamed once all of it, manifest included, is on the disk: a
+folder with a bare number is complete. This is the only module that knows Orbax.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import yaml
+from orbax.checkpoint import v1 as ocp
+
+from llama_jax.config import CheckpointConfig, ConfigError, Schema, parse
+
+FORMAT = 1
+CONFIG, MANIFEST, PROGRESS, STATE = "config.yaml", "manifest.json", "progress.json", "state"
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or used; the message says which, and what to do."""
+
+
+class Checkpoint(NamedTuple):
+    """One complete step on the disk.
+
+    folder: its folder.
+    step: its number.
+    progress: the content of progress.json.
+    """
+
+    folder: Path
+    step: int
+    progress: dict[str, Any]
+
+    def config(self) -> dict[str, Any]:
+        """The configuration the step was made with, as plain values."""
+        return yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def steps(folder: Path) -> list[int]:
+    """Numbers of the complete steps in a checkpoints folder, in numeric order."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def newest(folder: Path, trees: Sequence[str] | None = None) -> Checkpoint | None:
+    """The newest intact step of a checkpoints folder; None where no step was ever completed.
+
+    Steps that are damaged are passed over with one warning.
+
+    Args:
+        folder: the checkpoints folder.
+        trees: those that will be loaded, and so are checked; None for all.
+
+    Raises:
+        CheckpointError: there are steps and all of them are damaged.
+    """
+    damaged: list[str] = []
+    for step in reversed(steps(folder)):
+        problem = damage(folder / str(step), trees)
+        if problem is None:
+            if damaged:
+                log.warning(
+                    "%s: damaged: %s. Step %d, the newest that is intact, is used instead.",
+                    *(folder, "; ".join(damaged), step),
+                )
+            return _open(folder / str(step))
+        damaged.append(f"step {step} ({problem})")
+    if damaged:
+        raise CheckpointError(
+            f"{folder}: no checkpoint is intact: {'; '.join(damaged)}. Restore the folder from a "
+            "copy, or remove it to start anew."
+        )
+    return None
+
+
+def find(path: str | Path, trees: Sequence[str] | None = None) -> Checkpoint:
+    """The checkpoint a user means by a run folder, a checkpoints folder or a step's folder.
+
+    Of the first two the newest intact step is taken; `trees` is as for `newest`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = Path(path)
+    if (path / STATE).is_dir() or (path / MANIFEST).is_file():
+        if problem := damage(path, trees):
+            raise CheckpointError(f"{path}: the checkpoint is damaged: {problem}.")
+        return _open(path)
+    inner = path / "checkpoints"
+    found = newest(inner if inner.is_dir() else path, trees)
+    if found is None:
+        raise CheckpointError(
+            f"{path}: no checkpoint here. Give the folder of a run, its checkpoints folder, or the "
+            "folder of one step."
+        )
+    return found
+
+
+def damage(folder: Path, trees: Sequence[str] | None = None) -> str | None:
+    """What is wrong with a step's files, or None: every size and SHA-256 is as it was written.
+
+    Args:
+        folder: the step's folder.
+        trees: checks only these of the state (the files beside it always).
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        listed = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    if missing := {PROGRESS, CONFIG} - set(listed):
+        return f"{MANIFEST} does not list {min(missing)}"
+    if trees is not None:
+        unused = [name for name in listed if _tree_of(name) not in (None, *trees)]
+        for name in unused:
+            del listed[name]
+    problems = _each(lambda name: _file_damage(folder / name, *listed[name]), sorted(listed))
+    if found := [f"{name} {text}" for name, text in problems if text]:
+        return found[0]
+    step = json.loads((folder / PROGRESS).read_bytes())["step"]
+    if folder.name.isdecimal() and int(folder.name) != step:
+        return f"it is step {step} under another number"
+    return None
+
+
+def _tree_of(name: str) -> str | None:
+    """The tree of the state that a file belongs to: state/params/... is of params."""
+    parts = name.split("/")
+    return parts[1] if parts[0] == STATE and len(parts) > 2 else None
+
+
+def _file_damage(path: Path, size: int, sha256: str) -> str | None:
+    try:
+        actual = path.stat().st_size
+        if actual != size:
+            return f"has {actual} bytes instead of {size}"
+        return None if _sha256(path) == sha256 else "has changed since it was written"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error})"
+
+
+def _open(folder: Path) -> Checkpoint:
+    """An intact step's folder as a Checkpoint."""
+    progress = json.loads((folder / PROGRESS).read_bytes())
+    if progress["format"] != FORMAT:
+        raise CheckpointError(
+            f"{folder}: has checkpoint format {progress['format']}, and this version of llama_jax "
+            f"reads format {FORMAT}. Use the version that wrote it."
+        )
+    return Checkpoint(folder, progress["step"], progress)
+
+
+def load(checkpoint: Checkpoint, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Some of a checkpoint's trees, each array read straight to where its target says.
+
+    Args:
+        checkpoint: from `newest` or `find`, which have checked it.
+        targets: name of the tree -> the tree as ShapeDtypeStructs, with the type and the sharding
+            wanted, on whatever mesh.
+
+    Raises:
+        CheckpointError: the trees or shapes differ from those saved.
+    """
+    try:
+        return ocp.load_checkpointables(checkpoint.folder / STATE, dict(targets))
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: does not hold {', '.join(targets)} of the shape asked for: "
+            f"{error}"
+        ) from error
+
+
+def load_parameters(path: str | Path, targets: Any) -> Any:
+    """The parameters alone, from a run folder, a checkpoints folder or a step's folder.
+
+    Args:
+        path: the folder.
+        targets: the parameters as ShapeDtypeStructs, with the type and the sharding wanted.
+
+    Raises:
+        CheckpointError: no checkpoint is there, it is damaged, or its shapes differ.
+    """
+    return load(find(path, ["params"]), {"params": targets})["params"]
+
+
+def check_unchanged(checkpoint: Checkpoint, config: Schema) -> None:
+    """Refuses to resume with another value for a field that `config.fixed` marks.
+
+    Raises:
+        ConfigError: naming every such field with both values.
+    """
+    saved = parse(type(config), checkpoint.config(), str(checkpoint.folder / CONFIG))
+    old, new = fixed_values(saved), fixed_values(config)
+    changed = [
+        f"  {name}: {old.get(name)} in the checkpoint, {new.get(name)} now"
+        for name in sorted(old | new)
+        if old.get(name) != new.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{checkpoint.folder}: this run cannot go on with another value for\n"
+            + "\n".join(changed)
+            + "\nKeep the old value, or start a new run in another folder (out)."
+        )
+
+
+def fixed_values(config: Schema, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of every field that a resumed run must keep."""
+    values: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        value, dotted = getattr(config, name), prefix + name
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("resume") == "fixed":
+            values |= _flat(config.model_dump(mode="json")[name], dotted)
+        elif isinstance(value, Schema):
+            values |= fixed_values(value, f"{dotted}.")
+    return values
+
+
+def _flat(value: Any, name: str) -> dict[str, Any]:
+    """Nested dicts and lists as dotted names."""
+    if isinstance(value, dict):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {name: value}
+    return {k: v for key, item in items for k, v in _flat(item, f"{name}.{key}").items()}
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Writes the checkpoints of one run, at most one at a time, and removes old ones.
+
+    Opening it removes what an interrupted save or removal left behind. A save that fails in the
+    background is raised by the next `check`, `save` or `close`; complete steps are untouched by it.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or another process writes to it.
+    """
+
+    def __init__(self, folder: Path, policy: CheckpointConfig, copies: Sequence[Path] = ()):
+        self._folder = folder
+        self._policy = policy
+        self._copies = copies
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(folder)
+            for leftover in folder.glob("*.tmp"):
+                shutil.rmtree(leftover)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be written ({error}).") from error
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames newer steps, which are damaged, so that they no longer count as checkpoints."""
+        for newer in steps(self._folder):
+            if newer > step:
+                aside = self._folder / f"{newer}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._folder / str(newer)).rename(aside)
+
+    def save(self, step: int, trees: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+        """Begins to write a step; returns once the arrays may change (be donated) again.
+
+        Args:
+            step: its number, larger than that of every complete step.
+            trees: name -> tree of arrays; "params" is what `load_parameters` reads.
+            progress: what else belongs to the step, as JSON values; `validation_loss` (a number or
+                None) decides which steps are best.
+
+        Raises:
+            CheckpointError: this save, or the one before, failed.
+        """
+        self.wait()
+        partial = self._folder / f"{step}.tmp"
+        record = {"format": FORMAT, "step": step, **progress}
+        try:
+            partial.mkdir()
+            written = ocp.save_checkpointables_async(partial / STATE, dict(trees))
+        except Exception as error:
+            raise _failed(partial, error) from error
+        self._saving = self._thread.submit(self._finish, written, partial, record)
+        if not self._policy.asynchronous:
+            self.wait()
+
+    def _finish(self, written: Any, partial: Path, record: Mapping[str, Any]) -> None:
+        """Completes a step once Orbax has written it, and removes those no longer wanted."""
+        try:
+            written.result()
+            (partial / PROGRESS).write_text(json.dumps(record), encoding="utf-8")
+            for path in self._copies:
+                shutil.copyfile(path, partial / path.name)
+            _write_manifest(partial)
+            partial.rename(self._folder / str(record["step"]))
+            _sync(self._folder)
+        except Exception as error:
+            raise _failed(partial, error) from error
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        losses = {step: _validation_loss(self._folder / str(step)) for step in steps(self._folder)}
+        for step in set(losses) - kept(losses, self._policy):
+            # Renamed first: a step with some files gone must never look complete.
+            going = self._folder / f"{step}.removed.tmp"
+            try:
+                (self._folder / str(step)).rename(going)
+                shutil.rmtree(going)
+            except OSError as error:
+                log.warning("%s: an old checkpoint cannot be removed (%s).", going, error)
+
+    def check(self) -> None:
+        """Raises the failure of the save under way, if it has one by now; never waits."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the save under way is complete; raises its failure, once."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def close(self) -> None:
+        """Completes the save under way and gives up the folder."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            log.error("%s", failure)  # and the first error goes on its way
+
+
+def kept(losses: Mapping[int, float | None], policy: CheckpointConfig) -> set[int]:
+    """The steps to keep: newest, best, and multiples of keep_every; the newest always.
+
+    Args:
+        losses: step -> validation loss, None where there was none; such a step is never a best.
+        policy: how many of each.
+    """
+    in_order = sorted(losses)
+    rated = [(loss, step) for step, loss in losses.items() if loss is not None]
+    best = [step for _, step in sorted(rated)[: policy.keep_best]]
+    every = [step for step in in_order if policy.keep_every and step % policy.keep_every == 0]
+    return {*in_order[-policy.keep_last :], *best, *every}
+
+
+def _validation_loss(folder: Path) -> float | None:
+    try:
+        return json.loads((folder / PROGRESS).read_bytes())["validation_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _lock(folder: Path) -> int:
+    """Takes the folder for this process: a second run in it would remove our unfinished step."""
+    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise CheckpointError(
+            f"{folder}: another process is training in this folder. Wait for it, or give this run "
+            "another folder (out)."
+        ) from None
+    except OSError:
+        pass  # a network filesystem without locks: nothing to be had
+    return handle
+
+
+def _failed(partial: Path, error: Exception) -> CheckpointError:
+    """The error to raise for a save that did not complete; what it wrote is removed."""
+    shutil.rmtree(partial, ignore_errors=True)
+    return CheckpointError(
+        f"{partial.with_suffix('')}: the checkpoint could not be written ({_reason(error)}). "
+        "The checkpoints before it are complete; make room or repair the disk, and run the same "
+        "command to go on from the newest."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The system's own words where the array store passes its error number on."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else f"{type(error).__name__}: {error}"
+
+
+def _write_manifest(folder: Path) -> None:
+    """Puts every file of a folder on the disk, and its size and SHA-256 into the manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    digests = _each(_sha256, files)
+    manifest = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in digests
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")), encoding="utf-8")
+    _sync(folder / MANIFEST)
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _each(function: Any, items: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """(item, function(item)) for each, several at a time: hashing leaves Python's lock alone."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(zip(items, pool.map(function, items), strict=True))

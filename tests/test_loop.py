@@ -1,0 +1,491 @@
+"""Whole runs of a tiny model on a real corpus: stopped, killed, damaged, poisoned, changed."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from llama_jax import config as schema
+from llama_jax.config import ConfigError, DataPrepareConfig, TokenizerTrainConfig, TrainConfig
+from llama_jax.data.loader import Loader
+from llama_jax.data.prepare import prepare
+from llama_jax.data.shards import DataError, read_meta
+from llama_jax.tokenizer.train import train_tokenizer
+from llama_jax.train import checkpoint, loop
+from llama_jax.train.checkpoint import CheckpointError
+from llama_jax.train.loop import TrainingError, train
+from llama_jax.train.metrics import read_metrics
+from sharding.mesh import make_mesh
+
+STEPS, HALF = 8, 4
+MODEL = {
+    "d_model": 16,
+    "n_layers": 1,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_head": 4,
+    "d_ff": 24,
+    "vocab_size": 320,
+    "norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_embeddings": True,
+}
+COMPUTE = {"loss_chunks": 1, "scan_layers": False}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A tokenizer and a prepared corpus: forty documents of a few words."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ["the", "llama", "hums", "under", "old", "stars", "while", "rivers", "sleep"]
+    draw = random.Random(0)
+    for number in range(40):
+        text = " ".join(draw.choices(words, k=draw.randrange(5, 60)))
+        (folder / f"{number}.txt").write_text(text)
+    texts, model, out = (f"{folder}/*.txt",), f"{folder}/tokenizer.model", f"{folder}/shards"
+    train_tokenizer(TokenizerTrainConfig(paths=texts, out=model, vocab_size=320))
+    prepare(
+        DataPrepareConfig(paths=texts, out=out, tokenizer=model, validation_fraction=0.2, workers=1)
+    )
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Equal programs are compiled once, and in a hurry; gives the settings for other processes."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    programs = {}
+    compile_anew = loop.compile_programs
+
+    def compile_once(plan):
+        c = plan.config
+        key = (c.model, c.compute, c.optimizer, c.steps, c.accumulate, plan.mesh)
+        if key not in programs:
+            programs[key] = compile_anew(plan)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compile_programs", compile_once)
+        yield {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """One device unless a test asks for more: most of what is tested here is not about meshes."""
+
+    def make(sizes):
+        wanted = np.prod([size for size in sizes.values() if size > 0])
+        return make_mesh(sizes, jax.devices()[:wanted])
+
+    monkeypatch.setattr(loop, "make_mesh", make)
+
+
+def make_config(corpus, out, **changes):
+    values = {
+        "out": str(out),
+        "model": MODEL,
+        "tokenizer": str(corpus / "tokenizer.model"),
+        "data": {
+            "sources": [{"path": str(corpus / "shards")}],
+            "sequence_length": 16,
+            "batch_size": 4,
+        },
+        "steps": STEPS,
+        "optimizer": {"peak_lr": 1e-2, "warmup_steps": 2},
+        "compute": COMPUTE,
+        "checkpoint": {"every": HALF, "keep_last": 9},
+        "log_every": 1,
+        "evaluate_every": HALF,
+        "evaluate_batches": 2,
+    }
+    return TrainConfig.model_validate({**values, **changes})
+
+
+def ending(out):
+    """Every bit of the newest checkpoint, its place in the data, and every loss logged."""
+    found = checkpoint.newest(Path(out) / "checkpoints")
+    assert found is not None
+    plan = loop.make_plan(schema.read(TrainConfig, Path(out) / "config.yaml"))
+    state = loop.restored_state(plan, found)
+    bits = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+    losses = [
+        (line["step"], line.get("loss"), line.get("grad_norm"), line.get("validation_loss"))
+        for line in read_metrics(Path(out) / "metrics.jsonl")
+    ]
+    return bits, found.progress["data"], losses
+
+
+def restart_at(step, run, out):
+    """A run's folder as it was after a step: its later checkpoints are not there."""
+    shutil.copytree(run, out)
+    for later in checkpoint.steps(out / "checkpoints"):
+        if later > step:
+            shutil.rmtree(out / "checkpoints" / str(later))
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """A run from beginning to end, for others to be compared with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+        out = tmp_path_factory.mktemp("runs") / "undisturbed"
+        assert train(make_config(corpus, out)) == 0
+    return out
+
+
+# Resuming is exact --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_resumed_is_undisturbed_to_the_bit(corpus, tmp_path, monkeypatch, seed, dtype, accumulate):
+    """The middle checkpoint was written while the first run went on with donated arrays."""
+    monkeypatch.setattr(loop, "plot_losses", lambda out: None)
+    # Without its optimisations XLA cannot multiply bf16 on a CPU.
+    jax.config.update("jax_disable_most_optimizations", dtype == "float32")
+    settings = {"seed": seed, "compute": {**COMPUTE, "dtype": dtype}, "accumulate": accumulate}
+    assert train(make_config(corpus, tmp_path / "whole", **settings)) == 0
+    half = restart_at(HALF, tmp_path / "whole", tmp_path / "half")
+    assert train(make_config(corpus, half, **settings)) == 0
+    whole = ending(tmp_path / "whole")
+    assert ending(half) == whole
+    assert [step for step, loss, *_ in whole[2] if loss is not None] == list(range(1, STEPS + 1))
+    assert whole[1] == {"seed": seed, "next_batch": STEPS}
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_two_runs_are_equal_and_another_seed_is_not(corpus, undisturbed, tmp_path):
+    assert train(make_config(corpus, tmp_path / "again")) == 0
+    assert train(make_config(corpus, tmp_path / "other", seed=5)) == 0
+    assert ending(tmp_path / "again") == ending(undisturbed)
+    assert ending(tmp_path / "other") != ending(undisturbed)
+
+
+# A process of its own, which at batch number `at`, when a checkpoint is there, ends itself.
+ALONE = """
+import os, signal, sys, time
+from pathlib import Path
+from llama_jax import config as schema
+from llama_jax.data.loader import Loader
+from llama_jax.train import loop
+
+config, at, what = schema.read(schema.TrainConfig, sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+original = Loader.batches
+
+def batches(self, start, stop=None):
+    for step, batch in enumerate(original(self, start, stop), start):
+        if step == at:
+            while not (Path(config.out) / "checkpoints" / str(config.checkpoint.every)).exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), getattr(signal, what))
+        yield batch
+
+Loader.batches = batches
+sys.exit(loop.train(config))
+"""
+
+
+@pytest.mark.parametrize("what", ["SIGTERM", "SIGINT", "SIGKILL"])
+def test_stopped_processes_go_on_exactly(corpus, undisturbed, compiled, tmp_path, what):
+    """A stop signal loses no step; kill -9 only those since the last checkpoint."""
+    config = make_config(corpus, tmp_path / "run")
+    schema.save(config, tmp_path / "start.yaml")
+    stopped = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path / "start.yaml"), "6", what],
+        env={**os.environ, **compiled, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert saved is not None, stopped.stderr
+    if what == "SIGKILL":
+        assert stopped.returncode == -signal.SIGKILL
+        assert saved.step == HALF
+    else:
+        assert stopped.returncode == 75, stopped.stderr
+        assert saved.step == 6  # batch 6, the seventh, was being fetched during the sixth step
+        assert f"stopped by {what} after step 6" in stopped.stdout
+    assert train(config) == 0
+    assert ending(tmp_path / "run") == ending(undisturbed)
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    script = """
+        import signal
+        from llama_jax.train.loop import StopRequest
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            print(stop.requested, flush=True)
+            signal.raise_signal(signal.SIGTERM)
+            print("still here")
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert (done.stdout, done.returncode) == ("SIGTERM\n", -signal.SIGTERM)
+
+
+def test_signal_handlers_are_given_back(corpus, undisturbed):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert train(make_config(corpus, undisturbed)) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_finished_run_is_left_as_it_is(corpus, undisturbed, capsys):
+    before = ending(undisturbed)
+    assert train(make_config(corpus, undisturbed)) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert ending(undisturbed) == before
+
+
+def test_a_damaged_checkpoint_costs_only_its_steps(corpus, undisturbed, tmp_path, caplog):
+    run = restart_at(STEPS, undisturbed, tmp_path / "run")
+    damaged = next((run / "checkpoints" / str(STEPS) / "state").rglob("d/*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert train(make_config(corpus, run)) == 0
+    assert f"Step {HALF}, the newest that is intact, is used instead" in caplog.text
+    assert (run / "checkpoints" / f"{STEPS}.damaged").is_dir()
+    assert ending(run) == ending(undisturbed)
+
+
+def test_going_on_on_another_mesh(corpus, undisturbed, tmp_path):
+    run = restart_at(HALF, undisturbed, tmp_path / "run")
+    mesh = {"data": 1, "fsdp": 2, "tensor": 2}
+    assert train(make_config(corpus, run, mesh=mesh)) == 0
+    _, _, losses = ending(run)
+    _, _, expected = ending(undisturbed)
+    for one, other in zip(losses, expected, strict=True):
+        np.testing.assert_allclose(*([x for x in y if x is not None] for y in (one, other)), 1e-5)
+
+
+# What may change and what may not -----------------------------------------------------------------
+
+
+def test_a_changed_model_is_refused_and_touches_nothing(corpus, undisturbed):
+    before = (undisturbed / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=r"model.d_ff: 24 in the checkpoint, 28 now"):
+        train(make_config(corpus, undisturbed, model={**MODEL, "d_ff": 28}))
+    assert (undisturbed / "config.yaml").read_bytes() == before
+
+
+def test_a_changed_learning_rate_takes_effect(corpus, undisturbed, tmp_path):
+    run = restart_at(HALF, undisturbed, tmp_path / "run")
+    optimizer = {"peak_lr": 5e-3, "warmup_steps": 2, "schedule": "constant"}
+    assert train(make_config(corpus, run, steps=STEPS + 2, optimizer=optimizer)) == 0
+    lines = read_metrics(run / "metrics.jsonl")
+    rates = {x["step"]: x["learning_rate"] for x in lines if "learning_rate" in x}
+    assert rates[2] == pytest.approx(1e-2)
+    assert [rates[step] for step in range(HALF + 1, STEPS + 3)] == pytest.approx([5e-3] * 6)
+
+
+def other_tokenizer(corpus, folder):
+    """The same pieces in another file."""
+    model = folder / "tokenizer.model"
+    empty_field = b"\x2a\x00"
+    model.write_bytes((corpus / "tokenizer.model").read_bytes() + empty_field)
+    return model
+
+
+def test_another_tokenizer_is_refused(corpus, undisturbed, tmp_path):
+    """As is a corpus prepared with another one."""
+    model = other_tokenizer(corpus, tmp_path)
+    with pytest.raises(DataError, match="prepared with another tokenizer"):
+        train(make_config(corpus, tmp_path / "run", tokenizer=str(model)))
+    found = checkpoint.newest(undisturbed / "checkpoints")
+    assert found is not None
+    plan = loop.make_plan(make_config(corpus, undisturbed))
+    found.progress["tokenizer"] = "0" * 64
+    with pytest.raises(ConfigError, match="is not the tokenizer this run was trained with"):
+        loop.check_resumable(plan, found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": {"data": 2}}, "multiply to 2, but there are 4 devices"),
+        ({"mesh": {"data": 1, "tensor": 4}}, "layers/attention/k: dimension 2 .kv_heads. is 2"),
+        ({"accumulate": 2}, r"must be a multiple of mesh.data x mesh.fsdp .4 on these devices"),
+        ({"model": {**MODEL, "vocab_size": 300}}, "has 320 pieces, but model.vocab_size is 300"),
+        ({"patience": 3}, "patience needs validation data"),
+    ],
+    ids=["devices", "heads", "batch", "vocabulary", "patience"],
+)
+def test_refused_before_anything_is_allocated(corpus, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(loop, "make_mesh", make_mesh)  # all four devices
+    if "patience" in changes:
+        empty = read_meta(corpus / "shards").model_copy(update={"validation": ()})
+        monkeypatch.setattr(loop, "read_meta", lambda path: empty)
+    arrays = len(jax.live_arrays())
+    with pytest.raises(ConfigError, match=message):
+        train(make_config(corpus, tmp_path / "run", **changes))
+    assert len(jax.live_arrays()) == arrays
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_from_another_run(corpus, undisturbed, tmp_path):
+    config = make_config(corpus, tmp_path / "run", parameters_from=str(undisturbed))
+    plan = loop.make_plan(config)
+    state = loop.new_state(plan)
+    found = checkpoint.newest(undisturbed / "checkpoints")
+    assert found is not None
+    trained = loop.restored_state(plan, found)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(trained.params), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert int(state.step) == int(state.optimizer.count) == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.optimizer.mu))
+
+
+# Numbers that are not finite ----------------------------------------------------------------------
+
+
+def poison(monkeypatch, steps):
+    """Makes the loss of these batches NaN."""
+    original = Loader.batch
+
+    def batch(self, step):
+        values = original(self, step)
+        if step in steps and self.steps is None:
+            values["weights"][0, 0] = np.nan
+        return values
+
+    monkeypatch.setattr(Loader, "batch", batch)
+
+
+def test_one_bad_step_is_skipped_and_counted(corpus, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {2, 5, 6})
+    assert train(make_config(corpus, tmp_path)) == 0
+    lines = {x["step"]: x for x in read_metrics(tmp_path / "metrics.jsonl") if "loss" in x}
+    assert lines[3]["loss"] is None  # JSON has no NaN
+    assert [lines[step]["skipped"] for step in range(1, STEPS + 1)] == [0, 0, 1, 1, 1, 2, 3, 3]
+    assert np.isfinite([lines[step]["loss"] for step in (4, 5, 8)]).all()
+    assert "step 3: loss or gradient is not finite; update skipped" in capsys.readouterr().out
+
+
+def test_three_bad_steps_in_a_row_stop_the_run(corpus, undisturbed, tmp_path, monkeypatch):
+    poison(monkeypatch, {5, 6, 7, 8})
+    with pytest.raises(TrainingError, match=r"3 steps in a row \(until step 8\)"):
+        train(make_config(corpus, tmp_path, steps=STEPS + 4))
+    assert checkpoint.steps(tmp_path / "checkpoints") == [HALF]
+    found = checkpoint.newest(tmp_path / "checkpoints")
+    assert found is not None
+    state = loop.restored_state(loop.make_plan(make_config(corpus, tmp_path)), found)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_the_count_in_a_row_survives_a_restart(corpus, tmp_path, monkeypatch):
+    """Else a run restarted often enough would never stop."""
+    poison(monkeypatch, {2, 3, 4})
+    config = make_config(corpus, tmp_path)
+    with pytest.raises(TrainingError, match="until step 5"):
+        train(config)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [HALF]
+    with pytest.raises(TrainingError, match="until step 5"):
+        train(config)
+
+
+def test_a_state_that_is_not_finite_is_never_saved(corpus, tmp_path):
+    """Here the gradient is finite, and the update overflows."""
+    optimizer = {"peak_lr": 3e38, "warmup_steps": 0, "weight_decay": 100.0}
+    with pytest.raises(TrainingError, match="not finite after step 1, which is not saved"):
+        train(make_config(corpus, tmp_path, optimizer=optimizer, checkpoint={"every": 1}))
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
+
+
+# Validation, logs, failing saves ------------------------------------------------------------------
+
+
+def test_best_is_kept_and_patience_ends(corpus, tmp_path, monkeypatch, capsys):
+    losses = iter([5.0, 4.0, float("nan"), 4.5, 3.0])
+    monkeypatch.setattr(loop, "measure", lambda *_: next(losses))
+    config = make_config(
+        corpus,
+        tmp_path,
+        evaluate_every=1,
+        patience=2,
+        checkpoint={"every": 3, "keep_last": 1, "keep_best": 1},
+    )
+    assert train(config) == 0
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 4]
+    assert "stopped after step 4: no better validation loss" in capsys.readouterr().out
+    assert train(config) == 0  # its patience is still at an end
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert next(losses) == 3.0
+
+
+def test_the_validation_loss_is_that_of_the_split(corpus, undisturbed, tmp_path):
+    """Compared with the logits of the final parameters, token by token."""
+    plan = loop.make_plan(make_config(corpus, undisturbed, evaluate_batches=10**6))
+    found = checkpoint.newest(undisturbed / "checkpoints")
+    assert found is not None
+    assert plan.validation is not None
+    state = loop.restored_state(plan, found)
+    total = weight = 0.0
+    for batch in plan.validation.batches(0):
+        arguments = batch["tokens"], batch["positions"], batch["segments"]
+        logits = np.asarray(plan.model.apply(state.params, *arguments).value, np.float64)
+        log_z = np.log(np.exp(logits).sum(-1))
+        target = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+        total += (batch["weights"] * (log_z - target)).sum()
+        weight += batch["weights"].sum()
+    measured = loop.measure(plan, plan.validation, loop.compile_programs(plan), state)
+    assert measured == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_metrics_are_logged_once_and_plotted(corpus, undisturbed):
+    lines = read_metrics(undisturbed / "metrics.jsonl")
+    steps = [(line["step"], "validation_loss" in line) for line in lines]
+    assert len(steps) == len(set(steps)) == STEPS + 2
+    expected = {"loss", "grad_norm", "learning_rate", "weight", "skipped", "tokens_per_second"}
+    assert expected <= set(lines[0])
+    assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((undisturbed / "tensorboard").iterdir())
+
+
+def test_a_failing_save_ends_the_run(corpus, tmp_path, monkeypatch):
+    """In the background, at the first checkpoint: known long before the last step."""
+    seen = []
+    original = loop.place
+    monkeypatch.setattr(loop, "place", lambda *a: seen.append(1) or original(*a))
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    config = make_config(corpus, tmp_path, steps=10_000, evaluate_every=10_000)
+    with pytest.raises(CheckpointError, match=r"4: the checkpoint could not be written.*No space"):
+        train(config)
+    assert len(seen) < 5_000
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
+
+
+def test_the_versions_and_the_config_are_in_every_checkpoint(undisturbed):
+    folder = undisturbed / "checkpoints" / str(STEPS)
+    progress = json.loads((folder / "progress.json").read_text())
+    assert progress["versions"]["jax"] == jax.__version__
+    assert schema.read(TrainConfig, folder / "config.yaml").steps == STEPS
