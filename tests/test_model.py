@@ -1,0 +1,681 @@
+"""The model: one forward for every use, whatever the layout, padding, packing and number type.
+
+What the model computes is compared with Hugging Face in test_huggingface.py, and across meshes in
+test_sharded_model.py; here it is compared with itself. Sizes are tiny, and no two that could be
+confused are alike.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from llama_jax.config import ComputeConfig, ModelConfig, RematName, RopeScaling
+from llama_jax.model.cache import KVCache
+from llama_jax.model.llama import Llama, stack, unstack
+from llama_jax.model.ops.attend import Visibility
+from sharding.rules import PRESETS
+
+CONFIG = ModelConfig(
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    d_head=10,
+    d_ff=48,
+    vocab_size=64,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    tie_embeddings=False,
+)
+MODEL = Llama(CONFIG)
+LAYOUTS = pytest.mark.parametrize("layout", ["stacked", "unrolled"])
+
+# Half the time of these tests is compilation, and code that is run once needs no optimizing.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+# The model is a static argument, its head too.
+apply = quick_jit(Llama.apply, static_argnums=0, static_argnames="head")
+
+
+def config(**changes: Any) -> ModelConfig:
+    return ModelConfig.model_validate({**CONFIG.model_dump(), **changes})
+
+
+def parameters(model: Llama = MODEL, head: str = "lm") -> dict[str, Any]:
+    """Random parameters, faster than `init`, none of them 0 or 1: norms must not cancel."""
+    numbers = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        norm = "norm" in jax.tree_util.keystr(path)
+        values = numbers.uniform(0.5, 1.5, leaf.shape) if norm else numbers.normal(size=leaf.shape)
+        return jnp.asarray(values if norm else 0.18 * values, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, model.shapes(head))
+
+
+def some_tokens(batch: int, length: int, seed: int = 1) -> np.ndarray:
+    numbers = np.random.default_rng(seed)
+    return numbers.integers(0, CONFIG.vocab_size, (batch, length)).astype(np.int32)
+
+
+def rising(batch: int, length: int) -> np.ndarray:
+    return np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+
+
+def logits_of(params: Any, tokens: np.ndarray, model: Llama = MODEL) -> np.ndarray:
+    """The reference: every row whole, without padding or cache."""
+    return np.asarray(apply(model, params, tokens, rising(*tokens.shape)).value)
+
+
+def in_layout(layout: str, params: Any) -> Any:
+    return unstack(params) if layout == "unrolled" else params
+
+
+def dirty_cache(layout: str, batch: int, length: int, model: Llama = MODEL) -> KVCache:
+    """A cache that was used before: slots not yet written hold something large."""
+    fresh = KVCache.init(model.config, batch, length, stacked=layout == "stacked")
+    return jax.tree.map(lambda slab: jnp.full_like(slab, 30.0), fresh)
+
+
+def per_layer(cache: KVCache) -> list[np.ndarray]:
+    """Every layer's keys and values (B, S, K, H), whatever the layout."""
+    return [np.asarray(layer) for slabs in (cache.key, cache.value) for layer in slabs]
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+    """Equal but for the order of fp32 sums: to 5e-6 of each array's largest number."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    """Equal in every bit."""
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+# --- parameters are plain dicts --------------------------------------------------------------
+
+L, D, N, K, H, F, V = 2, 32, 4, 2, 10, 48, 64
+TREE = {
+    "embed": ((V, D), ("vocab", "embed")),
+    "layers": {
+        "attention": {
+            "q": ((L, D, N, H), ("layers", "embed", "heads", "head_dim")),
+            "k": ((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim")),
+            "v": ((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim")),
+            "o": ((L, N, H, D), ("layers", "heads", "head_dim", "embed")),
+        },
+        "feed_forward": {
+            "gate": ((L, D, F), ("layers", "embed", "mlp")),
+            "up": ((L, D, F), ("layers", "embed", "mlp")),
+            "down": ((L, F, D), ("layers", "mlp", "embed")),
+        },
+        "attention_norm": ((L, D), ("layers", "embed")),
+        "feed_forward_norm": ((L, D), ("layers", "embed")),
+    },
+    "final_norm": ((D,), ("embed",)),
+}
+HEADS = {
+    "lm": {"head": ((D, V), ("embed", "vocab"))},
+    "scalar": {"scalar_head": ((D,), ("embed",))},
+    "none": {},
+}
+
+
+def plain(tree: Any, index: int) -> Any:
+    """The shapes (0) or the axes (1) of a tree like TREE."""
+    if isinstance(tree, dict):
+        return {name: plain(value, index) for name, value in tree.items()}
+    return tree[index]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_shapes_and_axes_are_two_plain_trees(head, tied):
+    model = Llama(config(tie_embeddings=tied))
+    expected = TREE | ({} if tied and head == "lm" else HEADS[head])
+    shapes = model.shapes(head)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    # Equality with nested dicts of tuples also says that no box or FrozenDict is left.
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes) == plain(expected, 0)
+    assert model.axes(head) == plain(expected, 1)
+
+
+def test_the_rules_know_every_axis_of_parameters_and_cache():
+    named = {axis for leaf in jax.tree.leaves(MODEL.axes()) for axis in [leaf]}
+    named |= set(KVCache.axes(CONFIG).key)
+    for rules in PRESETS.values():
+        assert named <= {axis for axis, _ in rules.table}
+
+
+@LAYOUTS
+def test_the_cache_names_its_axes(layout):
+    stacked = layout == "stacked"
+    cache = jax.eval_shape(lambda: KVCache.init(CONFIG, 5, 7, jnp.bfloat16, stacked=stacked))
+    axes = KVCache.axes(CONFIG, stacked=stacked)
+    sizes = {"layers": L, "batch": 5, "kv_seq": 7, "kv_heads": K, "head_dim": H}
+    for slabs, names in ((cache.key, axes.key), (cache.value, axes.value)):
+        for slab, slab_names in [(slabs, names)] if stacked else zip(slabs, names, strict=True):
+            assert slab.shape == tuple(sizes[name] for name in slab_names)
+            assert slab.dtype == jnp.bfloat16
+    assert cache.max_length == 7
+
+
+def test_new_parameters_are_drawn_as_they_are_declared():
+    """Standard deviation 1 / sqrt(fan in), what writes into the residual stream by its 2 L
+    additions smaller; norms 1; no two arrays and no two layers alike."""
+    init = quick_jit(MODEL.init)
+    params = init(jax.random.key(3))
+    assert jax.tree.structure(params) == jax.tree.structure(MODEL.shapes())
+    assert isinstance(params["layers"]["attention"]["q"], jax.Array)
+    residual = (2 * L) ** -0.5
+    deviations = {
+        "embed": D**-0.5,
+        "head": D**-0.5,
+        "q": D**-0.5,
+        "k": D**-0.5,
+        "v": D**-0.5,
+        "o": (N * H) ** -0.5 * residual,
+        "gate": D**-0.5,
+        "up": D**-0.5,
+        "down": F**-0.5 * residual,
+    }
+    draws = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path[-1].key
+        assert leaf.dtype == jnp.float32
+        if "norm" in name:
+            assert (leaf == 1).all()
+            continue
+        assert np.std(leaf) == pytest.approx(deviations[name], rel=0.06), name
+        assert abs(np.mean(leaf)) < 0.1 * deviations[name], name
+        draws |= {layer.ravel()[0].item() for layer in (leaf if leaf.ndim > 2 else [leaf])}
+    assert len(draws) == 7 * L + 2
+    assert_equal(init(jax.random.key(3)), params)
+    assert (init(jax.random.key(4))["embed"] != params["embed"]).all()
+
+
+def test_a_model_is_a_value():
+    same, other = Llama(config()), Llama(config(norm_eps=1e-6))
+    rules = Llama(CONFIG, ComputeConfig(), PRESETS["train"])
+    assert same == MODEL
+    assert hash(same) == hash(MODEL)
+    assert len({MODEL, same, other, rules}) == 3
+    traced = []
+
+    @partial(jax.jit, static_argnums=0)
+    def program(model, x):
+        traced.append(model)
+        return x * model.config.norm_eps
+
+    for model in (MODEL, same, other, MODEL):
+        program(model, 1.0)
+    assert traced == [MODEL, other]
+
+
+# --- who sees whom ---------------------------------------------------------------------------
+
+
+def test_the_mask_of_a_packed_row():
+    """Two documents and padding: causal, apart, and every token sees itself at least."""
+    positions = jnp.array([[0, 1, 2, 0, 1, 0, 1]])
+    segments = jnp.array([[1, 1, 1, 2, 2, 0, 0]])
+    seen = [
+        "x......",
+        "xx.....",
+        "xxx....",
+        "...x...",
+        "...xx..",
+        ".....x.",
+        ".....xx",
+    ]
+    mask = Visibility(positions, positions, segments, segments).mask()[0]
+    assert ["".join("x" if key else "." for key in row) for row in mask.tolist()] == seen
+
+
+def test_later_tokens_change_nothing():
+    tokens = some_tokens(1, 9)
+    changed = tokens.copy()
+    changed[0, 5] += 1
+    params = parameters()
+    before, after = logits_of(params, tokens), logits_of(params, changed)
+    np.testing.assert_array_equal(after[:, :5], before[:, :5])
+    assert (np.abs(after - before)[:, 5:].max(axis=-1) > 1e-3).all()
+
+
+# --- the cache -------------------------------------------------------------------------------
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    "pieces",
+    [(1,) * 9, (4, 1, 4)],
+    ids=["token by token", "prefill, decode, verify"],
+)
+def test_with_a_cache_the_logits_are_those_of_the_whole_row(layout, pieces):
+    params, tokens = parameters(), some_tokens(2, 9)
+    expected = logits_of(params, tokens)
+    params, cache = in_layout(layout, params), dirty_cache(layout, 2, 12)
+    ends = np.cumsum((0, *pieces))
+    for start, end in pairwise(ends):
+        positions = rising(2, 9)[:, start:end]
+        output = apply(MODEL, params, tokens[:, start:end], positions, None, cache)
+        assert_close(output.value, expected[:, start:end])
+        cache = output.cache
+    assert all((layer[:, 9:] == 30).all() for layer in per_layer(cache))
+
+
+def test_dynamic_rope_with_a_cache_is_that_of_a_row_as_long_as_the_cache():
+    scaling = RopeScaling(type="dynamic", factor=2, original_context=4)
+    model = Llama(config(rope_scaling=scaling))
+    params, tokens = parameters(), some_tokens(2, 9)
+    expected = logits_of(params, tokens, model)
+    assert np.abs(expected - logits_of(params, tokens)).max() > 1e-2
+    cache = dirty_cache("stacked", 2, 9)
+    for t in range(9):
+        output = apply(model, params, tokens[:, [t]], np.full((2, 1), t), None, cache)
+        assert_close(output.value[:, 0], expected[:, t])
+        cache = output.cache
+
+
+@LAYOUTS
+def test_rows_of_a_ragged_batch_are_as_if_alone(layout):
+    """Prompts of 5, 2 and 7 tokens, padded on the right; each then goes on from its own end."""
+    lengths, new = np.array([5, 2, 7]), 2
+    params, tokens = parameters(), some_tokens(3, 9)
+    alone = [
+        logits_of(params, tokens[[row], : length + new])[0] for row, length in enumerate(lengths)
+    ]
+    params, cache = in_layout(layout, params), dirty_cache(layout, 3, 10)
+    real = rising(3, 7) < lengths[:, None]
+    prompts = np.where(real, tokens[:, :7], 0)
+    prefilled = apply(MODEL, params, prompts, rising(3, 7), real.astype(np.int32), cache)
+    for row, length in enumerate(lengths):
+        assert_close(prefilled.value[row, :length], alone[row][:length])
+    for layer in per_layer(prefilled.cache):
+        written = (layer != 30).all(axis=(-1, -2))
+        np.testing.assert_array_equal(written.sum(axis=1), lengths)
+
+    cache = prefilled.cache
+    for step in range(new):
+        ends = (lengths + step)[:, None]
+        nexts = np.take_along_axis(tokens, ends, axis=1)
+        output = apply(MODEL, params, nexts, ends, np.ones((3, 1), np.int32), cache)
+        for row in range(3):
+            assert_close(output.value[row, 0], alone[row][lengths[row] + step])
+        cache = output.cache
+
+
+@LAYOUTS
+def test_a_slot_beyond_the_cache_and_padding_are_dropped(layout):
+    """Neither wrapped to the first slots nor clipped to the last one."""
+    positions = np.array([[6], [7], [100], [2], [2]], np.int32)
+    segments = np.array([[1], [1], [1], [1], [0]], np.int32)
+    before = dirty_cache(layout, 5, 6)
+    params = in_layout(layout, parameters())
+    after = apply(MODEL, params, some_tokens(5, 1), positions, segments, before).cache
+    for old, new in zip(per_layer(before), per_layer(after), strict=True):
+        changed = (old != new).all(axis=(-1, -2))
+        assert changed.sum() == 1
+        assert changed[3, 2]
+        np.testing.assert_array_equal(new[~changed], old[~changed])
+
+
+@LAYOUTS
+def test_a_decode_step_updates_the_cache_in_place(layout):
+    """A donated cache becomes the new one; beside it only a layer's share is ever held."""
+    model = Llama(config(n_layers=6))
+    cache = jax.eval_shape(lambda: KVCache.init(model.config, 2, 1024, stacked=layout == "stacked"))
+    params = jax.eval_shape(partial(in_layout, layout), model.shapes())
+    token = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    step = jax.jit(model.apply, donate_argnames="cache")
+    memory = step.lower(params, token, token, None, cache).compile().memory_analysis()
+    cache_bytes = sum(slab.size * slab.dtype.itemsize for slab in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes == cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 2
+
+
+@LAYOUTS
+def test_the_cache_keeps_its_type(layout):
+    params = jax.eval_shape(partial(in_layout, layout), MODEL.shapes())
+    cache = KVCache.init(CONFIG, 2, 6, jnp.bfloat16, stacked=layout == "stacked")
+    token = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    output = jax.eval_shape(MODEL.apply, params, token, token, None, cache)
+    assert jax.tree.structure(output.cache) == jax.tree.structure(cache)
+    for new, old in zip(jax.tree.leaves(output.cache), jax.tree.leaves(cache), strict=True):
+        assert (new.shape, new.dtype) == (old.shape, old.dtype)
+
+
+# --- padding and packing ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 1), (1, 0), (6, 0), (0, 6), (2, 4)])
+def test_padding_changes_nothing(left, right):
+    """On either side, however much, and whatever ids and positions the padding has."""
+    params, tokens = parameters(), some_tokens(2, 7)
+    expected = logits_of(params, tokens)
+    pad = partial(np.pad, pad_width=((0, 0), (left, right)))
+    padded, segments = pad(tokens, constant_values=9), pad(np.ones_like(tokens))
+    for pad_position in (0, 3):
+        positions = pad(rising(2, 7), constant_values=pad_position)
+        logits = apply(MODEL, params, padded, positions, segments).value[:, left : left + 7]
+        assert_close(logits, expected)
+        assert_close(jax.nn.log_softmax(logits), jax.nn.log_softmax(expected))
+
+
+def test_packed_documents_are_as_if_separate():
+    """Three documents of four tokens in one row: logits, and gradients of something made of them.
+    A second row is padding and nothing else."""
+    params, tokens = parameters(), some_tokens(3, 4)
+    direction = np.random.default_rng(2).normal(size=(3, 4, V)).astype(np.float32)
+
+    def separate(params):
+        logits = MODEL.apply(params, tokens, rising(3, 4)).value
+        return jnp.sum(logits * direction), logits
+
+    def packed(params):
+        row = partial(np.pad, pad_width=((0, 1), (0, 2)))  # (1, 12) -> (2, 14)
+        segments = row(np.repeat([[1, 2, 3]], 4, axis=1))
+        ids = row(tokens.reshape(1, 12), constant_values=9)
+        logits = MODEL.apply(params, ids, row(rising(3, 4).reshape(1, 12)), segments).value
+        documents = logits[0, :12].reshape(3, 4, V)
+        return jnp.sum(documents * direction), documents
+
+    gradient, logits = quick_jit(jax.grad(packed, has_aux=True))(params)
+    expected_gradient, expected = quick_jit(jax.grad(separate, has_aux=True))(params)
+    assert_close(logits, expected)
+    assert_close(gradient, expected_gradient)
+
+
+# --- how it is computed changes nothing ------------------------------------------------------
+
+TOKENS = some_tokens(2, 9)
+DIRECTION = np.random.default_rng(2).normal(size=(2, 9, V)).astype(np.float32)
+
+
+def loss_and_logits(model: Llama, params: Any) -> tuple[jax.Array, jax.Array]:
+    """A scalar whose gradient reaches everything; simple, so that it compiles quickly."""
+    logits = model.apply(params, TOKENS, rising(2, 9)).value
+    return jnp.sum(logits * DIRECTION), logits
+
+
+gradient_and_logits = quick_jit(
+    jax.grad(loss_and_logits, argnums=1, has_aux=True), static_argnums=0
+)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        ComputeConfig(scan_layers=False),
+        ComputeConfig(remat="full"),
+        ComputeConfig(remat="named", remat_save=("query", "gate")),
+        ComputeConfig(remat="named", remat_save=("query", "gate"), scan_layers=False),
+    ],
+    ids=lambda c: f"{c.remat}-{'scanned' if c.scan_layers else 'unrolled'}",
+)
+def test_scan_and_remat_give_equal_gradients(compute):
+    expected = gradient_and_logits(MODEL, parameters())
+    assert_close(gradient_and_logits(Llama(CONFIG, compute), parameters()), expected)
+
+
+def test_per_layer_parameters_give_equal_logits():
+    params = parameters()
+    assert_close(logits_of(unstack(params), TOKENS), logits_of(params, TOKENS))
+
+
+def test_stack_is_the_inverse_of_unstack():
+    params = parameters()
+    apart = unstack(params)
+    assert isinstance(apart["layers"], tuple)
+    np.testing.assert_array_equal(
+        apart["layers"][1]["attention"]["k"], params["layers"]["attention"]["k"][1]
+    )
+    assert_equal(stack(apart), params)
+
+
+def equations(program: Jaxpr | ClosedJaxpr) -> Iterator[JaxprEqn]:
+    """Every equation of a program and, once each, of its inner programs."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple) else (value,):
+                if isinstance(inner, Jaxpr | ClosedJaxpr):
+                    yield from equations(inner)
+
+
+def forward_program(model: Llama) -> ClosedJaxpr:
+    tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    return jax.make_jaxpr(model.apply)(model.shapes(), tokens, tokens)
+
+
+@pytest.mark.parametrize(
+    ("remat", "save", "again"),
+    [
+        ("none", (), 0),
+        ("named", get_args(RematName), 1),  # the scores, to form the softmax anew
+        ("named", ("query", "key", "value"), 5),
+        ("full", (), 8),  # all but `down`, whose result the backward pass does not read
+    ],
+)
+def test_remat_computes_again_what_it_did_not_save(remat, save, again):
+    compute = ComputeConfig(scan_layers=False, remat=remat, remat_save=save)
+
+    def products(model: Llama) -> int:
+        program = jax.make_jaxpr(jax.grad(partial(loss_and_logits, model), has_aux=True))(
+            model.shapes()
+        )
+        return sum(e.primitive.name == "dot_general" for e in equations(program))
+
+    forward_and_backward = 3 * (9 * L + 1)
+    assert products(Llama(CONFIG, compute)) == forward_and_backward + again * L
+
+
+def test_every_value_that_remat_can_save_exists():
+    names = {
+        equation.params["name"]
+        for equation in equations(forward_program(MODEL))
+        if equation.primitive.name == "name"
+    }
+    assert names == set(get_args(RematName))
+
+
+# --- number types ----------------------------------------------------------------------------
+
+BF16 = Llama(CONFIG, ComputeConfig(dtype="bfloat16"))
+
+
+def test_bf16_is_near_fp32():
+    """Rounding activations too costs at most three times what rounding the parameters does."""
+    params = parameters()
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+
+    def off(ours: jax.Array, exact: jax.Array) -> float:
+        assert ours.dtype == jnp.float32
+        return float(np.linalg.norm(ours - exact) / np.linalg.norm(exact))
+
+    exact = gradient_and_logits(MODEL, params)
+    in_bf16 = jax.tree.leaves(jax.tree.map(off, gradient_and_logits(BF16, params), exact))
+    inevitable = jax.tree.leaves(jax.tree.map(off, gradient_and_logits(MODEL, rounded), exact))
+    assert max(inevitable) < 0.05
+    assert (np.array(in_bf16) < 3 * np.array(inevitable)).all()
+
+
+def test_in_bf16_norms_softmax_angles_and_logits_stay_fp32():
+    program = forward_program(BF16)
+    for equation in equations(program):
+        if equation.primitive.name in ("rsqrt", "exp", "reduce_sum", "reduce_max", "cos", "sin"):
+            assert equation.invars[0].aval.dtype == jnp.float32, equation
+    of_each = Counter(equation.primitive.name for equation in equations(program))
+    # Three norms; the softmax's exp, sum and maximum; one cosine and sine.
+    assert [of_each[name] for name in ("rsqrt", "exp", "reduce_max", "cos", "sin")] == [
+        3,
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert of_each["reduce_sum"] == 4
+
+
+def test_in_bf16_every_product_is_bf16_and_scores_and_logits_come_out_in_fp32():
+    products = Counter()
+    for equation in equations(forward_program(BF16)):
+        if equation.primitive.name == "dot_general":
+            assert {v.aval.dtype.name for v in equation.invars} == {"bfloat16"}
+            out = equation.outvars[0].aval
+            products[out.dtype.name, out.ndim] += 1
+    # q, k, v, values (4 and 5 axes); o, gate, up, down; then scores (5 axes) and logits.
+    assert products == {
+        ("bfloat16", 4): 3,
+        ("bfloat16", 5): 1,
+        ("bfloat16", 3): 4,
+        ("float32", 5): 1,
+        ("float32", 3): 1,
+    }
+
+
+# --- heads -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("head", "shape"), [("lm", (2, 9, V)), ("scalar", (2, 9)), ("none", (2, 9, D))]
+)
+def test_output_types(head, shape, dtype):
+    model = Llama(CONFIG, ComputeConfig(dtype=dtype))
+    program = partial(model.apply, head=head)
+    value, cache, aux = jax.eval_shape(program, model.shapes(head), TOKENS, rising(2, 9))
+    assert value.shape == shape
+    assert value.dtype == (dtype if head == "none" else "float32")
+    assert cache is None
+    assert aux == {}
+
+
+def test_heads_are_products_of_the_final_normed_hidden_states():
+    params = parameters()
+    hidden = np.asarray(apply(MODEL, params, TOKENS, rising(2, 9), head="none").value)
+    np.testing.assert_allclose(
+        np.sqrt(np.mean((hidden / params["final_norm"]) ** 2, axis=-1)), 1, rtol=1e-4
+    )
+    assert_close(logits_of(params, TOKENS), hidden @ params["head"])
+    direction = parameters(head="scalar")["scalar_head"]
+    scores = apply(
+        MODEL, params | {"scalar_head": direction}, TOKENS, rising(2, 9), head="scalar"
+    ).value
+    assert_close(scores, hidden @ direction)
+
+
+def test_tied_embeddings_are_the_head_and_learn_from_both_ends():
+    tied = Llama(config(tie_embeddings=True))
+    params = parameters()
+    del params["head"]
+    untied = params | {"head": params["embed"].T}
+    expected, expected_logits = gradient_and_logits(MODEL, untied)
+    expected["embed"] = expected["embed"] + expected.pop("head").T
+    assert_close(gradient_and_logits(tied, params), (expected, expected_logits))
+
+
+# --- no dead numbers -------------------------------------------------------------------------
+
+SCALINGS = {
+    "none": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0, "original_context": 4},
+    "yarn": {
+        "factor": 2.0,
+        "original_context": 1024,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": 1.5,
+    },
+    "llama3": {
+        "factor": 2.0,
+        "original_context": 4096,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}
+CHANGED = {
+    "d_model": 40,
+    "n_layers": 3,
+    "n_heads": 6,
+    "n_kv_heads": 4,
+    "d_head": 12,
+    "d_ff": 56,
+    "vocab_size": 72,
+    "norm_eps": 1e-6,
+    "rope_theta": 2e4,
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+    "tie_embeddings": True,
+}
+CHANGED_SCALING = {
+    "factor": 3.0,
+    "original_context": 2048,
+    "beta_fast": 8.0,
+    "beta_slow": 0.3,
+    "attention_factor": 1.6,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 8.0,
+}
+
+
+def fingerprint(config: ModelConfig) -> tuple[Any, ...]:
+    """All that decides the numbers: the parameter tree, the program, and the constants in it (a
+    program's text shows neither the frequencies of RoPE nor every digit of a scalar)."""
+    model = Llama(config)
+    program = forward_program(model)
+    constants = [np.asarray(constant).tobytes() for constant in program.consts]
+    for equation in equations(program):
+        constants += [repr(v.val) for v in equation.invars if isinstance(v, Literal)]
+        for value in equation.params.values():
+            if isinstance(value, ClosedJaxpr):
+                constants += [np.asarray(constant).tobytes() for constant in value.consts]
+    return str(model.shapes()), str(program), tuple(constants)
+
+
+@cache
+def fingerprint_of_scaling(type: str) -> tuple[Any, ...]:
+    return fingerprint(config(rope_scaling={"type": type, **SCALINGS[type]}))
+
+
+def test_the_fingerprint_of_an_unchanged_configuration_is_unchanged():
+    jax.clear_caches()
+    assert fingerprint(config()) == fingerprint_of_scaling("none")
+
+
+@pytest.mark.parametrize("field", ModelConfig.model_fields)
+def test_no_field_of_the_model_is_dead(field):
+    assert field in CHANGED, f"give the new field {field} another value in CHANGED"
+    assert fingerprint(config(**{field: CHANGED[field]})) != fingerprint_of_scaling("none")
+
+
+@pytest.mark.parametrize(
+    ("type", "field"), [(type, field) for type in SCALINGS for field in SCALINGS[type]]
+)
+def test_no_field_of_a_rope_scaling_is_dead(type, field):
+    scaling = {"type": type, **SCALINGS[type], field: CHANGED_SCALING[field]}
+    assert fingerprint(config(rope_scaling=scaling)) != fingerprint_of_scaling(type)
+
+
+@pytest.mark.parametrize("type", SCALINGS)
+def test_rope_theta_is_read_under_every_scaling(type):
+    scaling = {"type": type, **SCALINGS[type]}
+    changed = fingerprint(config(rope_theta=2e4, rope_scaling=scaling))
+    assert changed != fingerprint_of_scaling(type)
+
+
+def test_every_scaling_differs_and_every_field_of_one_is_tried():
+    assert set(SCALINGS) == set(get_args(RopeScaling.model_fields["type"].annotation))
+    assert len({fingerprint_of_scaling(type) for type in SCALINGS}) == len(SCALINGS)
+    tried = {field for fields in SCALINGS.values() for field in fields}
+    assert tried == set(CHANGED_SCALING) == set(RopeScaling.model_fields) - {"type"}
