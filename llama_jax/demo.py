@@ -33,7 +33,8 @@ from llama_jax.train.loop import train
 from llama_jax.train.metrics import METRICS, PLOT, read_metrics
 
 DONE = 0
-NOT_LEARNT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "pydoc_data", "encodings"}
+# Tests repeat themselves, some packages are tables or other people's code.
+NOT_LEARNT = {"test", "tests", "site-packages", "pydoc_data", "encodings", "lib2to3", "idlelib"}
 SAMPLING = SamplingConfig(temperature=0.5, top_p=0.95, max_new_tokens=96, seed=1)
 PROMPTS = (
     "def __init__(self, ",
@@ -107,12 +108,15 @@ def corpus_globs(folder: str | None) -> tuple[str, ...]:
     Raises ConfigError where there are none.
     """
     root = Path(folder or sysconfig.get_path("stdlib"))
-    inner = sorted(p for p in root.glob("*") if p.is_dir() and p.name not in NOT_LEARNT)
-    globs = [(root, "*.py"), *((p, "**/*.py") for p in inner)]
-    found = tuple(f"{base}/{glob}" for base, glob in globs if next(base.glob(glob), None))
-    if not found:
+    folders = {path.parent for path in root.rglob("*.py")}
+    globs = [
+        f"{inner}/*.py"
+        for inner in sorted(folders)
+        if NOT_LEARNT.isdisjoint(inner.relative_to(root).parts)
+    ]
+    if not globs:
         raise ConfigError(f"{root} has no .py files; name a folder that has with --corpus")
-    return found
+    return tuple(globs)
 
 
 def _write_samples(model: LanguageModel, path: Path, console: Console) -> None:

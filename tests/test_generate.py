@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax import tokenizer as tokenizers
 from llama_jax.config import ComputeConfig, ModelConfig, RopeScaling, SamplingConfig
+from llama_jax.convert import huggingface
 from llama_jax.generate import batch
 from llama_jax.generate.batch import Answer, Request, answer
 from llama_jax.generate.decode import Decoder, Rows
@@ -473,6 +476,20 @@ def test_end_ids_may_differ_from_the_tokenizer_s(tokenizer: Tokenizer) -> None:
     assert completion.finish_reason == "eos"
     completion, _ = say(tokenizer, ids, ends=[ids[1]])
     assert (completion.tokens, completion.finish_reason) == (ids[:1], "eos")
+
+
+def test_a_trained_model_tells_its_story_up_to_the_stop_string(shared_data: Path) -> None:
+    folder = shared_data / "weights" / "stories260K_hf"
+    config = huggingface.read_config(folder)
+    params = unstack(huggingface.load_params(folder, config))
+    tokenizer = tokenizers.load(huggingface.tokenizer_path(folder))
+    greedy = SamplingConfig(temperature=0, max_new_tokens=60, stop=("play",))
+    parts: list[str] = []
+    (found,) = generate(
+        Llama(config), params, tokenizer, [""], greedy, on_text=lambda _, text: parts.append(text)
+    )
+    story = "Once upon a time, there was a little girl named Lily. She loved to "
+    assert ("".join(parts), found.text, found.finish_reason) == (story, story, "stop")
 
 
 def test_text_errors(tokenizer: Tokenizer, params: Params) -> None:

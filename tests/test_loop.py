@@ -41,7 +41,7 @@ MODEL = {
     "rope_theta": 10000.0,
     "tie_embeddings": True,
 }
-COMPUTE = {"loss_chunks": 1, "scan_layers": False}
+COMPUTE = {"loss_chunks": 2, "scan_layers": False}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,13 @@ def compiled(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def in_a_hurry():
+    """Sets whether programs are compiled in a hurry, until the test ends."""
+    yield lambda hurry: jax.config.update("jax_disable_most_optimizations", hurry)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
@@ -163,11 +170,13 @@ def undisturbed(corpus, tmp_path_factory):
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_resumed_is_undisturbed_to_the_bit(corpus, tmp_path, monkeypatch, seed, dtype, accumulate):
+def test_resumed_is_undisturbed_to_the_bit(
+    corpus, tmp_path, monkeypatch, in_a_hurry, seed, dtype, accumulate
+):
     """The middle checkpoint was written while the first run went on with donated arrays."""
     monkeypatch.setattr(loop, "plot_losses", lambda out: None)
     # Without its optimisations XLA cannot multiply bf16 on a CPU.
-    jax.config.update("jax_disable_most_optimizations", dtype == "float32")
+    in_a_hurry(dtype == "float32")
     settings = {"seed": seed, "compute": {**COMPUTE, "dtype": dtype}, "accumulate": accumulate}
     assert train(make_config(corpus, tmp_path / "whole", **settings)) == 0
     half = restart_at(HALF, tmp_path / "whole", tmp_path / "half")
@@ -176,7 +185,6 @@ def test_resumed_is_undisturbed_to_the_bit(corpus, tmp_path, monkeypatch, seed, 
     assert ending(half) == whole
     assert [step for step, loss, *_ in whole[2] if loss is not None] == list(range(1, STEPS + 1))
     assert whole[1] == {"seed": seed, "next_batch": STEPS}
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_two_runs_are_equal_and_another_seed_is_not(corpus, undisturbed, tmp_path):
@@ -210,7 +218,7 @@ sys.exit(loop.train(config))
 """
 
 
-@pytest.mark.parametrize("what", ["SIGTERM", "SIGINT", "SIGKILL"])
+@pytest.mark.parametrize("what", ["SIGTERM", "SIGKILL"])
 def test_stopped_processes_go_on_exactly(corpus, undisturbed, compiled, tmp_path, what):
     """A stop signal loses no step; kill -9 only those since the last checkpoint."""
     config = make_config(corpus, tmp_path / "run")
@@ -233,6 +241,24 @@ def test_stopped_processes_go_on_exactly(corpus, undisturbed, compiled, tmp_path
         assert f"stopped by {what} after step 6" in stopped.stdout
     assert train(config) == 0
     assert ending(tmp_path / "run") == ending(undisturbed)
+
+
+def test_ctrl_c_finishes_the_step_and_saves(corpus, undisturbed, tmp_path, monkeypatch, capsys):
+    original = Loader.batches
+
+    def batches(self, start, stop=None):
+        for step, batch in enumerate(original(self, start, stop), start):
+            if step == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "batches", batches)
+        assert train(make_config(corpus, tmp_path)) == 75
+    assert checkpoint.steps(tmp_path / "checkpoints") == [3]
+    assert "stopped by SIGINT after step 3; the same command goes on" in capsys.readouterr().out
+    assert train(make_config(corpus, tmp_path)) == 0
+    assert ending(tmp_path) == ending(undisturbed)
 
 
 def test_a_second_signal_ends_the_process_at_once():

@@ -20,7 +20,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from llama_jax.config import ComputeConfig, ModelConfig, RematName, RopeScaling
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama, stack, unstack
-from llama_jax.model.ops.attend import Visibility
+from llama_jax.model.ops.attend import Visibility, attend
+from llama_jax.model.ops.norm import rms_norm
 from sharding.rules import PRESETS
 
 CONFIG = ModelConfig(
@@ -222,7 +223,7 @@ def test_a_model_is_a_value():
     assert traced == [MODEL, other]
 
 
-# --- who sees whom ---------------------------------------------------------------------------
+# --- attention and who sees whom --------------------------------------------------------------
 
 
 def test_the_mask_of_a_packed_row():
@@ -242,6 +243,28 @@ def test_the_mask_of_a_packed_row():
     assert ["".join("x" if key else "." for key in row) for row in mask.tolist()] == seen
 
 
+def test_attention_is_softmax_attention():
+    """Query head n reads key head n // (N / K); in float64, head by head."""
+    numbers = np.random.default_rng(3)
+    q = numbers.normal(size=(1, 5, N, H))
+    k, v = numbers.normal(size=(2, 1, 5, K, H))
+    positions = np.arange(5)[None]
+    arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    ours = attend(*arrays, Visibility(positions, positions))
+    for n in range(N):
+        scores = q[0, :, n] @ k[0, :, n // (N // K)].T / np.sqrt(H)
+        weights = np.exp(scores) * np.tri(5)
+        weights /= weights.sum(axis=1, keepdims=True)
+        assert_close(ours[0, :, n], weights @ v[0, :, n // (N // K)])
+
+
+def test_rms_norm_is_its_formula():
+    x = np.random.default_rng(3).normal(size=(2, 3, D))
+    scale = np.linspace(0.5, 2, D)
+    expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 0.1) * scale
+    assert_close(rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(scale), 0.1), expected)
+
+
 def test_later_tokens_change_nothing():
     tokens = some_tokens(1, 9)
     changed = tokens.copy()
@@ -250,6 +273,14 @@ def test_later_tokens_change_nothing():
     before, after = logits_of(params, tokens), logits_of(params, changed)
     np.testing.assert_array_equal(after[:, :5], before[:, :5])
     assert (np.abs(after - before)[:, 5:].max(axis=-1) > 1e-3).all()
+
+
+def test_only_distances_between_positions_count():
+    params, tokens = parameters(), some_tokens(1, 9)
+    moved = apply(MODEL, params, tokens, rising(1, 9) + 20).value
+    assert_close(moved, logits_of(params, tokens))
+    stretched = apply(MODEL, params, tokens, 2 * rising(1, 9)).value
+    assert np.abs(stretched - logits_of(params, tokens)).max() > 1e-2
 
 
 # --- the cache -------------------------------------------------------------------------------
@@ -527,6 +558,18 @@ def test_in_bf16_norms_softmax_angles_and_logits_stay_fp32():
     assert of_each["reduce_sum"] == 4
 
 
+def test_in_bf16_scores_are_rounded_only_after_the_softmax():
+    rounded = [
+        equation.outvars[0].aval.shape
+        for equation in equations(forward_program(BF16))
+        if equation.primitive.name == "convert_element_type"
+        and equation.invars[0].aval.dtype == jnp.float32
+        and equation.params["new_dtype"] == jnp.bfloat16
+    ]
+    assert [shape for shape in rounded if len(shape) == 5] == [(2, K, N // K, 5, 5)]
+    assert (2, 5, V) not in rounded
+
+
 def test_in_bf16_every_product_is_bf16_and_scores_and_logits_come_out_in_fp32():
     products = Counter()
     for equation in equations(forward_program(BF16)):
@@ -657,6 +700,12 @@ def test_the_fingerprint_of_an_unchanged_configuration_is_unchanged():
 def test_no_field_of_the_model_is_dead(field):
     assert field in CHANGED, f"give the new field {field} another value in CHANGED"
     assert fingerprint(config(**{field: CHANGED[field]})) != fingerprint_of_scaling("none")
+
+
+def test_every_norm_reads_its_epsilon_from_the_configuration():
+    program = forward_program(Llama(config(norm_eps=0.125)))
+    literals = [v.val for e in equations(program) for v in e.invars if isinstance(v, Literal)]
+    assert sum(np.ndim(value) == 0 and value == 0.125 for value in literals) == 3
 
 
 @pytest.mark.parametrize(

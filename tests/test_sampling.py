@@ -204,12 +204,8 @@ def test_the_hottest_temperature_is_flat() -> None:
 def test_draw_never_leaves_the_kept_tokens() -> None:
     w = np.zeros((2, V), np.float32)
     w[:, [3, 50, 90]] = 1e-3, 1, 1e-3
-    last = np.nextafter(np.float32(1), np.float32(0))
-    assert draw(jnp.asarray(w), jnp.array([0.0, last])).tolist() == [3, 90]
-    # Masses whose sum depends on its order: the largest uniform must still fall on a kept token.
-    w = np.abs(np.random.default_rng(0).normal(size=(64, 1000)).astype(np.float32)) ** 5
-    w[:, 700:] = 0
-    assert draw(jnp.asarray(w), jnp.full(64, last)).max() < 700
+    # 1 stands for a target that rounding has put at the very end, or past it.
+    assert draw(jnp.asarray(w), jnp.array([0.0, 1.0])).tolist() == [3, 90]
 
 
 def test_impossible_tokens_are_never_drawn() -> None:

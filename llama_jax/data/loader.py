@@ -9,7 +9,7 @@ restarts therefore cannot change the order, and the only state to save is the st
 import bisect
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import grain
 import numpy as np
@@ -89,7 +89,7 @@ class Loader:
         rows = [self._sample(sample) for sample in range(start, start + self._size)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def batches(self, start: int, stop: int | None = None) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int | None = None) -> Generator[Batch]:
         """The batches of steps [start, stop), made ahead in threads or processes."""
         end = stop if stop is not None else self.steps if self.steps is not None else sys.maxsize
         if start >= end:

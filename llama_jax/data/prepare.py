@@ -337,8 +337,6 @@ def _start_or_continue(out: Path, settings: dict[str, Any], tokenizer: Tokenizer
         progress.mkdir(exist_ok=True)
         write_atomic(out / "tokenizer.model", tokenizer.model)
         write_atomic(progress / _SETTINGS, to_json(settings))
-    for leftover in [*out.glob("*.tmp"), *progress.glob("*.tmp")]:
-        leftover.unlink()
     done: list[Shard] = []
     while (entry := _entry(out, len(done))).exists():
         values = json.loads(entry.read_text(encoding="utf-8"))

@@ -123,7 +123,8 @@ def keep_top_p(w_BV: jax.Array, p_B: jax.Array) -> jax.Array:
     whole: the token that crosses p stays. p = 1 keeps all. Of equals the lowest ids stay.
     """
     V = w_BV.shape[1]
-    limit_B = p_B * jnp.sum(w_BV, axis=-1)
+    # p = 1 has no limit: two sums of one row may differ in their last bits, which would cut tails.
+    limit_B = jnp.where(p_B < 1, p_B * jnp.sum(w_BV, axis=-1), jnp.inf)
 
     def passes_limit(bits_B: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(w_BV >= _weight(bits_B), w_BV, 0.0), axis=-1) > limit_B
@@ -131,7 +132,7 @@ def keep_top_p(w_BV: jax.Array, p_B: jax.Array) -> jax.Array:
     least_B1 = _weight(_largest(passes_limit, WEIGHT_BITS, limit_B))
     above_B = jnp.sum(jnp.where(w_BV > least_B1, w_BV, 0.0), axis=-1)
     equals_B = jnp.clip(jnp.floor((limit_B - above_B) / least_B1[:, 0]) + 1, 1, V)
-    return jnp.where(p_B[:, None] < 1, _keep(w_BV, least_B1, equals_B), w_BV)
+    return _keep(w_BV, least_B1, equals_B)
 
 
 def draw(w_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
@@ -148,7 +149,7 @@ def draw(w_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(ids < token_B[:, None], w_BV, 0.0), axis=-1) <= target_B
 
     token_B = _largest(begins_before, V.bit_length(), target_B)
-    # Two sums of one row may differ in their last bits, which could put the target past the end.
+    # The same difference of sums could put the target past the end.
     return jnp.minimum(token_B, jnp.max(jnp.where(w_BV > 0, ids, 0), axis=-1))
 
 

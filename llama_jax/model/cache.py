@@ -83,6 +83,7 @@ class LayerCache(NamedTuple):
     def _put(self, slab: jax.Array, new_BTKH: jax.Array) -> jax.Array:
         # The batch is a batching dimension of the scatter: with row numbers as indices, XLA would
         # gather every row's tokens onto every device of a mesh that splits the batch.
+        fixed: tuple[int, ...]  # dimensions that an index names
         if self.depth is None:
             index, fixed, batch = self.slots[..., None], (1,), 0
         else:

@@ -337,9 +337,8 @@ def new_state(plan: Plan) -> TrainState:
             out_shardings=places,
         )
         return start(params)
-    unconstrained = Llama(plan.config.model)  # its trial row does not divide over the mesh
     create = jax.jit(
-        lambda key: init_state(unconstrained.init(key), plan.optimizer), out_shardings=places
+        lambda key: init_state(plan.model.init(key), plan.optimizer), out_shardings=places
     )
     return create(jax.random.key(plan.config.seed))
 

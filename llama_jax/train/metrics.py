@@ -245,6 +245,7 @@ def plot_losses(folder: Path) -> Path | None:
     for (name, points), marker in zip(curves.items(), ("", "o"), strict=True):
         if points:
             axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)

@@ -1,0 +1,148 @@
+"""What the training loop costs besides the compiled step, and what a checkpoint costs.
+
+    python benchmarks/loop_overhead.py [--json] [--steps 60] [--rounds 3] [--state-mb 300]
+
+First the demo's model (4M parameters) is trained on Python's own sources, in turns with the bare
+compiled step on one batch that never changes: the difference is data, logs and Python. Then a state
+of random numbers is saved, and the time until training could go on is compared with the time until
+the checkpoint is complete. Only ratios within a round mean something on a shared machine.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import config as schema
+from llama_jax.config import CheckpointConfig, DataPrepareConfig, TokenizerTrainConfig, TrainConfig
+from llama_jax.data.prepare import prepare
+from llama_jax.tokenizer.train import train_tokenizer
+from llama_jax.train import checkpoint, loop
+from llama_jax.train.checkpoint import Writer
+from llama_jax.train.metrics import METRICS, read_metrics
+
+WARMUP, LOGGED = 5, 10
+
+
+def make_config(folder, steps):
+    """The demo's run on a small corpus, without validation or checkpoints before the end."""
+    library = sysconfig.get_path("stdlib")
+    texts = tuple(f"{library}/{name}/*.py" for name in ("asyncio", "email", "http", "unittest"))
+    model, corpus = f"{folder}/tokenizer.model", f"{folder}/corpus"
+    with contextlib.redirect_stdout(io.StringIO()):
+        train_tokenizer(TokenizerTrainConfig(paths=texts, out=model, vocab_size=4096))
+        prepare(DataPrepareConfig(paths=texts, out=corpus, tokenizer=model, validation_fraction=0))
+    recipe = schema.read_yaml(schema.configs_folder() / "runs" / "demo.yaml")
+    changes = {
+        "out": f"{folder}/run",
+        "tokenizer": model,
+        "data": {**recipe["data"], "sources": [{"path": corpus}]},
+        "steps": steps,
+        "log_every": LOGGED,
+        "checkpoint": {"every": steps},
+        "optimizer": {"warmup_steps": 1},
+    }
+    return schema.parse(TrainConfig, {**recipe, **changes}, "demo.yaml")
+
+
+def bare_seconds(plan, programs, steps):
+    """Seconds of one compiled step, one after another."""
+    state = loop.new_state(plan)
+    batch = loop.place(plan, plan.data.batch(0))
+    for step in range(WARMUP + steps):
+        if step == WARMUP:
+            start = time.perf_counter()
+        state, metrics = programs.step(state, batch)
+        jax.block_until_ready(metrics)
+    return (time.perf_counter() - start) / steps
+
+
+def loop_seconds(config, out):
+    """Seconds of one step within `train`: the median of its log lines, the first left out."""
+    config = config.model_copy(update={"out": str(out)})
+    with contextlib.redirect_stdout(io.StringIO()):
+        loop.train(config)
+    tokens = config.data.batch_size * config.data.sequence_length
+    speeds = [line["tokens_per_second"] for line in read_metrics(out / METRICS)]
+    return tokens / statistics.median(speeds[1:])
+
+
+def overhead(folder, steps, rounds):
+    config = make_config(folder, steps)
+    plan = loop.make_plan(config)
+    with jax.set_mesh(plan.mesh):
+        programs = loop.compile_programs(plan)
+    loop.compile_programs = lambda plan: programs  # every run is the same program
+    pairs = []
+    for number in range(rounds):
+        with jax.set_mesh(plan.mesh):
+            bare = bare_seconds(plan, programs, steps)
+        pairs.append((bare, loop_seconds(config, Path(folder) / f"run{number}")))
+    shares = [1 - bare / whole for bare, whole in pairs]
+    return {
+        "bare_step_ms": [1000 * bare for bare, _ in pairs],
+        "loop_step_ms": [1000 * whole for _, whole in pairs],
+        "share_outside_step": shares,
+        "median_share_outside_step": statistics.median(shares),
+    }
+
+
+def pauses(folder, megabytes, rounds):
+    """Seconds `save` takes when asynchronous, and when not, and of hashing what was written."""
+    keys = jax.random.split(jax.random.key(0), 16)
+    size = megabytes * 2**20 // 4 // 16
+    state = {str(i): jax.random.normal(key, (size // 1024, 1024)) for i, key in enumerate(keys)}
+    jax.block_until_ready(state)
+    config = Path(folder) / checkpoint.CONFIG
+    config.write_text("{}\n")
+    times = {True: [], False: []}
+    # The first save of a process also starts threads; it is not counted.
+    for number in range(1 + rounds):
+        for is_async in (True, False):
+            policy = CheckpointConfig(asynchronous=is_async, keep_last=1, keep_best=0)
+            with Writer(Path(folder) / f"async{is_async}", policy, [config]) as writer:
+                start = time.perf_counter()
+                writer.save(number, {"params": state}, {})
+                times[is_async].append(time.perf_counter() - start)
+                writer.wait()
+                state = jax.tree.map(jnp.negative, state)
+    ratios = [a / b for a, b in zip(times[True][1:], times[False][1:], strict=True)]
+    return {
+        "state_mb": megabytes,
+        "asynchronous_ms": [1000 * t for t in times[True][1:]],
+        "synchronous_ms": [1000 * t for t in times[False][1:]],
+        "median_pause_ratio": statistics.median(ratios),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--steps", type=int, default=60, help="steps of a run")
+    parser.add_argument("--rounds", type=int, default=3, help="times each is measured")
+    parser.add_argument("--state-mb", type=int, default=300, help="size of the saved state")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = {
+            "loop": overhead(folder, options.steps, options.rounds),
+            "checkpoint": pauses(folder, options.state_mb, options.rounds),
+        }
+    if options.json:
+        print(json.dumps(result))
+        return
+    for part, figures in result.items():
+        for name, value in figures.items():
+            shown = value if isinstance(value, list) else [value]
+            print(f"{part:12}{name:28}{'  '.join(f'{x:.4g}' for x in shown)}")
+
+
+if __name__ == "__main__":
+    main()
