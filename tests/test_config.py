@@ -54,7 +54,7 @@ LLAMA3 = {
 YARN = {"type": "yarn", "factor": 4, "original_context": 64, "beta_fast": 32, "beta_slow": 1}
 TRAIN = {
     "out": "runs/a",
-    "model": "tiny",
+    "model": MODEL,
     "tokenizer": "tokenizer.model",
     "data": {"sources": [{"path": "corpus"}], "sequence_length": 64, "batch_size": 8},
     "steps": 10,
@@ -146,7 +146,7 @@ def test_a_value_that_does_not_fit_is_refused_with_its_key(schema, values, messa
         parse(schema, values, "run.yaml")
 
 
-@pytest.mark.parametrize("key", set(MODEL) - {"rope_scaling"})
+@pytest.mark.parametrize("key", MODEL)
 def test_what_a_checkpoint_decides_has_no_default(key):
     assert refusal(ModelConfig, without(MODEL, key)) == f"run.yaml: {key}: is required"
 
@@ -429,7 +429,7 @@ def test_a_resumed_run_must_keep_what_decides_its_parameters_and_its_data():
 
 
 def test_groups_and_mesh_sizes():
-    assert ModelConfig(**MODEL).n_groups == 2
+    assert ModelConfig(**MODEL | {"n_kv_heads": 1}).n_groups == 4
     assert list(MeshConfig(data=2, tensor=4).sizes.items()) == [
         ("data", 2),
         ("fsdp", 1),

@@ -57,6 +57,14 @@ def test_signals_for_the_whole_group_reach_only_the_parent():
     assert [*first, *results] == list(range(40, 0, -1))
 
 
+def test_workers_of_a_pool_that_is_let_go_end_by_themselves():
+    results = ordered_map(abs, range(10**9), 2)
+    assert next(results) == 0
+    workers = multiprocessing.active_children()
+    results.close()
+    assert [worker.exitcode for worker in workers] == [0, 0]  # killed ones have -9
+
+
 FORGOTTEN = """
 from llama_jax.data.pool import ordered_map
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ restarts therefore cannot change the order, and the only state to save is the st
 """
 
 import bisect
+import contextlib
 import itertools
 import sys
 from collections.abc import Generator, Iterator
@@ -99,11 +100,8 @@ class Loader:
             return
         threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_READ_AHEAD)
         steps = grain.MapDataset.range(start, end).map(self.batch)
-        ahead = iter(steps.to_iter_dataset(threads))
-        try:
+        with contextlib.closing(iter(steps.to_iter_dataset(threads))) as ahead:
             yield from ahead
-        finally:
-            ahead.close()
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(self._start_step)
