@@ -63,7 +63,10 @@ class LanguageModel:
         Raises:
             ValueError: rows of different lengths, or an id outside the vocabulary.
         """
-        tokens_BT = np.asarray(tokens)
+        try:
+            tokens_BT = np.asarray(tokens)
+        except ValueError:  # rows of different lengths
+            tokens_BT = np.zeros(0)
         if tokens_BT.ndim != 2 or tokens_BT.dtype.kind not in "iu":
             raise ValueError("tokens must be rows of equally many ids: (batch, length) integers")
         if tokens_BT.size and not 0 <= tokens_BT.min() <= tokens_BT.max() < self.config.vocab_size:

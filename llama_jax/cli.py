@@ -5,6 +5,7 @@ Functions are named by text and imported when they are called, so that `--help` 
 
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -74,6 +75,9 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0 done, 1 failed, 2 bad usage, 75 stopped after saving."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every character
+            stream.reconfigure(errors="backslashreplace")
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]

@@ -7,7 +7,7 @@ one file (or one flag), checked here once, and only read after that. This module
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -39,7 +39,13 @@ class Schema(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _spell_out(cls, value: Any) -> Any:
-        return cls.spelled_out(value)
+        values = cls.spelled_out(value)
+        for name, given in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            # To Python (and so to pydantic) true is the number 1.
+            if isinstance(given, bool) and field and field.annotation in (int, float):
+                raise ValueError(f"{name} must be a number, not {str(given).lower()}")
+        return values
 
 
 def fixed(**keywords: Any) -> Any:
@@ -117,7 +123,7 @@ class ModelConfig(Schema):
     """Rows of the embedding."""
     norm_eps: float = Field(gt=0)
     """Epsilon of RMSNorm."""
-    rope_theta: float = Field(gt=0)
+    rope_theta: float = Field(gt=1)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling = RopeScaling()
     """Stretching of the rotary frequencies."""
@@ -137,6 +143,8 @@ class ModelConfig(Schema):
             )
         if self.d_head % 2:
             raise ValueError(f"d_head ({self.d_head}) must be even: rotary embeddings turn pairs")
+        if self.rope_scaling.type == "dynamic" and self.d_head < 4:
+            raise ValueError("rope scaling 'dynamic' needs a d_head of 4 or more")
         return self
 
     @property
@@ -497,11 +505,25 @@ def read(schema: type[T], path: str | Path) -> T:
     return parse(schema, read_yaml(path), str(path))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML without the rule that the last of two equal keys wins in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; raises YAMLError for a key that stands twice."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key '{twice[0]}' stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The values of a YAML file, unchecked but for being `key: value` lines."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
@@ -543,6 +565,8 @@ def dotted_keys(schema: type[Schema], prefix: str = "") -> list[str]:
         key = prefix + flag_name(name, field)
         keys.append(key)
         inner = field.annotation
+        if get_origin(inner) is tuple:  # of sections, which go by number
+            inner, key = get_args(inner)[0], f"{key}.0"
         if isinstance(inner, type) and issubclass(inner, Schema):
             keys += dotted_keys(inner, f"{key}.")
     return keys
@@ -555,5 +579,5 @@ def flag_name(name: str, field: FieldInfo) -> str:
 
 def save(section: Schema, path: str | Path) -> None:
     """Writes a section as YAML that `read` gives back equal."""
-    values = section.model_dump(mode="json")
+    values = section.model_dump(mode="json", by_alias=True)
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

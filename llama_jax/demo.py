@@ -68,10 +68,12 @@ def demo(config: DemoConfig) -> int:
     corpus = run.data.sources[0].path
     if not (Path(corpus) / META).exists():
         data = DataPrepareConfig(
-            paths=texts, out=corpus, tokenizer=run.tokenizer, validation_fraction=0.02
+            paths=texts, out=corpus, tokenizer=run.tokenizer, validation_fraction=0.05
         )
         if code := prepare(data):
             return code
+    if Stream(corpus, "validation").tokens < 2:
+        raise ConfigError(f"{config.corpus}: too few files to keep one in twenty for validation")
     console.rule("3/4  training")
     if code := train(run):
         return code

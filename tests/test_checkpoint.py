@@ -319,6 +319,19 @@ def test_a_damaged_step_is_passed_over_with_one_warning(run, way, caplog):
         find(folder / "2")
 
 
+def test_damage_names_the_file_and_what_is_wrong(run):
+    step = write(run, 1) / "1"
+    assert damage(step) is None
+    tokenizer = step / "tokenizer.model"
+    for way, text in (
+        (lambda: flip(tokenizer, 3), "has changed since it was written"),
+        (lambda: tokenizer.write_bytes(b"piece"), "has 5 bytes instead of 6"),
+        (tokenizer.unlink, "is missing"),
+    ):
+        way()
+        assert damage(step) == f"tokenizer.model {text}"
+
+
 def test_a_damaged_optimizer_does_not_stop_its_parameters_from_being_used(run):
     folder = write(run, 1)
     shutil.rmtree(folder / "1" / "state" / "training")
@@ -428,6 +441,7 @@ def test_killed_at_any_stage_of_a_save(run, tmp_path):
         folder = tmp_path / str(number) / "checkpoints"
         if number < 5:
             assert (folder / "2.tmp").is_dir()
+        assert all(damage(folder / str(step)) is None for step in steps(folder))
         found = newest(folder)
         assert found is not None
         assert found.step == expected

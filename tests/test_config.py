@@ -107,6 +107,11 @@ def refusal(schema: type[Schema], values: dict[str, Any]) -> str:
             merged(TRAIN, {"data": {"sequence_lengths": 1}}),
             "run.yaml: data.sequence_lengths: unknown key.*'data.sequence_length'",
         ),
+        (
+            TrainConfig,
+            merged(TRAIN, {"data": {"sources": [{"path": "a", "wieght": 2}]}}),
+            "run.yaml: data.sources.0.wieght: unknown key.*'data.sources.0.weight'",
+        ),
         (GenerateConfig, GENERATE | {"qqqqqq": 1}, "run.yaml: qqqqqq: unknown key$"),
     ],
 )
@@ -122,6 +127,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_named(schema, values, message
         (ModelConfig, MODEL | {"n_layers": 2.5}, "n_layers: .*integer.*got 2.5"),
         (ModelConfig, MODEL | {"n_layers": None}, "n_layers: .*integer.*got None"),
         (ModelConfig, MODEL | {"n_layers": 0}, "n_layers: .*greater than 0.*got 0"),
+        (ModelConfig, MODEL | {"rope_theta": 1}, "rope_theta: .*greater than 1.*got 1"),
         (ModelConfig, MODEL | {"norm_eps": "small"}, "norm_eps: .*number.*got 'small'"),
         (ModelConfig, MODEL | {"rope_theta": float("inf")}, "rope_theta: .*finite.*got inf"),
         (ModelConfig, MODEL | {"rope_theta": float("nan")}, "rope_theta: .*finite.*got nan"),
@@ -162,6 +168,15 @@ def test_all_mistakes_are_told_at_once():
 CONTRADICTIONS = [
     (ModelConfig, MODEL | {"n_kv_heads": 3}, r"n_heads \(4\) .* multiple of n_kv_heads \(3\)"),
     (ModelConfig, MODEL | {"d_head": 7}, r"d_head \(7\) must be even"),
+    (
+        ModelConfig,
+        MODEL
+        | {"d_head": 2}
+        | {"rope_scaling": {"type": "dynamic", "factor": 2, "original_context": 8}},
+        "'dynamic' needs a d_head of 4",
+    ),
+    (ModelConfig, MODEL | {"n_layers": True}, "n_layers must be a number, not true"),
+    (OptimizerConfig, {"peak_lr": False}, "peak_lr must be a number, not false"),
     (RopeScaling, without(LLAMA3, "original_context"), "'llama3' needs original_context"),
     (RopeScaling, without(LLAMA3, "low_freq_factor"), "'llama3' needs low_freq_factor"),
     (RopeScaling, without(LLAMA3, "high_freq_factor"), "'llama3' needs high_freq_factor"),
@@ -303,21 +318,24 @@ def test_what_is_saved_reads_back_equal(section, tmp_path):
     assert hash(again) == hash(section)
 
 
-def schemas(base: type[Schema] = Schema) -> list[type[Schema]]:
-    return [schema for child in base.__subclasses__() for schema in (child, *schemas(child))]
+SCHEMAS = [
+    value
+    for value in vars(config).values()
+    if isinstance(value, type) and issubclass(value, Schema)
+]
 
 
 def stands_alone(schema: type[Schema]) -> bool:
     return not any(field.is_required() for field in schema.model_fields.values())
 
 
-@pytest.mark.parametrize("schema", list(filter(stands_alone, schemas())))
+@pytest.mark.parametrize("schema", list(filter(stands_alone, SCHEMAS)))
 def test_defaults_survive_a_file(schema, tmp_path):
     save(schema(), tmp_path / "saved.yaml")
     assert read(schema, tmp_path / "saved.yaml") == schema()
 
 
-@pytest.mark.parametrize("schema", schemas())
+@pytest.mark.parametrize("schema", SCHEMAS)
 def test_every_field_says_what_it_means(schema):
     """`--help` prints it."""
     silent = [name for name, field in schema.model_fields.items() if not field.description]
@@ -440,3 +458,10 @@ def test_groups_and_mesh_sizes():
 def test_every_value_that_remat_may_save_is_accepted():
     names = get_args(config.RematName)
     assert ComputeConfig(remat="named", remat_save=names).remat_save == names
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("a: 1\nmodel:\n  d_model: 1\n  d_model: 2\n")
+    with pytest.raises(ConfigError, match=r"twice.yaml.*'d_model' stands twice"):
+        config.read_yaml(path)

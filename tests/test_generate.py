@@ -1,11 +1,12 @@
 """Decoding: equal to the plain forward, row by row, sharded or not; ends, limits, text, errors."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from llama_jax.config import ComputeConfig, ModelConfig, RopeScaling, SamplingCo
 from llama_jax.convert import huggingface
 from llama_jax.generate import batch
 from llama_jax.generate.batch import Answer, Request, answer
-from llama_jax.generate.decode import Decoder, Rows
+from llama_jax.generate.decode import Decoder, Reason, Rows
 from llama_jax.generate.text import Completion, StopSearch, generate
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama, Output, Params, unstack
@@ -168,22 +169,26 @@ def test_sharded_tokens_equal_unsharded(
     plain = answer(MODEL, params, requests_of(PROMPTS, WARM))[:5]
     sizes = {"data": 1, "fsdp": 1, **sizes}
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-    model = Tracer(CONFIG, rules=PRESETS["decode"])
+    model = Llama(CONFIG, rules=PRESETS["decode"])
     placed = jax.device_put(
         params, shardings(model.shapes(), model.axes(), mesh, PRESETS["decode"])
     )
     with jax.set_mesh(mesh):
         placed = placed if stacked else jax.jit(unstack)(placed)
         assert answer(model, placed, requests) == plain
-        traces = Tracer.count
-        # The state is laid out after a call as before it, so further calls compile nothing.
         assert answer(model, placed, requests, watch=lambda *_: None) == plain
-        assert Tracer.count == traces
 
         state = Decoder(model).prefill(placed, rows_of(model, PROMPTS), chunk=16)
+        layout = jax.tree.map(lambda x: x.sharding, state)
         slab = state.cache.key if stacked else state.cache.key[0]
         rows, _, heads, _ = slab.addressable_shards[0].data.shape[-4:]
         assert (rows, heads) == (8 // sizes["data"], CONFIG.n_kv_heads // sizes["tensor"])
+        assert state.rows.tokens.addressable_shards[0].data.shape[0] == 8 // sizes["data"]
+        state = Decoder(model).advance(placed, state, np.zeros(8, bool), 2)
+        same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, layout)
+        assert all(jax.tree.leaves(same))
+        # One row cannot be split.
+        assert rows_of(model, PROMPTS[:1]).tokens.shape[0] == sizes["data"]
 
 
 # --- compilation -------------------------------------------------------------------------------
@@ -235,6 +240,31 @@ def test_end_ids_end_their_row_alone_and_are_not_part_of_the_answer(params: Para
         reason = "eos" if hits else "length"
         assert one == Answer(all_of_it.tokens[: hits[0] if hits else None], reason)
     assert {one.finish_reason for one in found} == {"eos", "length"}
+
+
+def test_a_row_that_has_ended_stays_as_it_is(params: Params) -> None:
+    decoder, stop = Decoder(MODEL), np.arange(8) == 4
+    whole = answer(MODEL, params, requests_of(PROMPTS, GREEDY))
+    rows = rows_of(MODEL, PROMPTS[:7])
+    end = whole[0].tokens[2]
+    ends = jnp.full((8, 1), -1).at[0].set(end)
+    rows = replace(rows, ends=ends, limits=rows.limits.at[1].set(3))
+    early = decoder.advance(params, decoder.prefill(params, rows, chunk=16), stop, 4)
+    lengths, reasons = np.asarray(early.rows.lengths), np.asarray(early.rows.reasons)
+    state = decoder.advance(params, early, np.zeros(8, bool), 1000)
+
+    assert reasons[[0, 1, 4]].tolist() == [Reason.EOS, Reason.LENGTH, Reason.STOP]
+    assert reasons[7] == Reason.LENGTH  # the row that fills up the batch
+    assert lengths[[0, 1, 4, 7]].tolist() == [3 + whole[0].tokens.index(end), 3, 1, 1]
+    ended = reasons != Reason.RUNNING
+    assert ended.sum() == 4
+    assert np.all(np.asarray(state.rows.reasons) != Reason.RUNNING)
+    assert state.rows.lengths[ended].tolist() == lengths[ended].tolist()
+    assert state.rows.reasons[ended].tolist() == reasons[ended].tolist()
+    # The cache holds all tokens of a row but the last (which an end id has replaced), and no more.
+    stored = np.any(np.asarray(state.cache.key) != 0, axis=(0, 3, 4)).sum(axis=1)
+    last = np.where(np.asarray(state.rows.reasons) == Reason.EOS, 0, 1)
+    assert stored.tolist() == (np.asarray(state.rows.lengths) - last).tolist()
 
 
 def test_max_length_ends_answers_and_counts_the_prompt(params: Params) -> None:
@@ -348,16 +378,20 @@ class Scripted(Llama):
 
 
 def say(
-    tokenizer: Tokenizer, ids: list[int], ends: list[int] | None = None, stop: tuple[str, ...] = ()
+    tokenizer: Tokenizer,
+    ids: list[int],
+    ends: list[int] | None = None,
+    stop: tuple[str, ...] = (),
+    prompt: str | list[int] = "",
 ) -> tuple[Completion, list[str]]:
-    """The completion of an empty prompt by a model that says these ids; the parts it came in."""
+    """The completion by a model that says these ids after its first token; the parts it came in."""
     config = CONFIG.model_copy(update={"vocab_size": tokenizer.vocab_size})
     parts: list[str] = []
     (completion,) = generate(
         Scripted(config),
         {"layers": {}, "script": jnp.array([*ids, *[2] * (100 - len(ids))])},  # then </s>
         tokenizer,
-        [""],
+        [prompt],
         SamplingConfig(max_new_tokens=100, temperature=0, stop=stop),
         ends,
         on_text=lambda number, text: parts.append(text),
@@ -460,6 +494,10 @@ def test_text_continues_its_prompt(tokenizer: Tokenizer) -> None:
     found = generate(model, params, tokenizer, prompts, warm)
     for prompt, prompt_ids, one in zip(prompts, ids, found, strict=True):
         assert prompt + one.text == tokenizer.decode(prompt_ids + one.tokens)
+    # The space between two words is a part of the second.
+    words = tokenizer.encode("the cat", bos=True)
+    cut = next(n for n in range(len(words)) if tokenizer.decode(words[:n]) == "the")
+    assert say(tokenizer, words[1:], prompt=words[:cut])[0].text == " cat"
     # Ids are taken as they are; streaming changes nothing; text goes to its own prompt.
     parts = {0: "", 1: ""}
 

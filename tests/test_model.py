@@ -1,23 +1,20 @@
 """The model: one forward for every use, whatever the layout, padding, packing and number type.
 
-What the model computes is compared with Hugging Face in test_huggingface.py, and across meshes in
-test_sharded_model.py; here it is compared with itself. Sizes are tiny, and no two that could be
-confused are alike.
+What the model computes is compared with Hugging Face in test_huggingface.py, across meshes in
+test_sharded_model.py, and here with itself; test_program.py reads the program without running it.
+Sizes are tiny, and no two that could be confused are alike.
 """
 
-from collections import Counter
-from collections.abc import Iterator
-from functools import cache, partial
+import functools
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from llama_jax.config import ComputeConfig, ModelConfig, RematName, RopeScaling
+from llama_jax.config import ComputeConfig, ModelConfig, RopeScaling
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama, stack, unstack
 from llama_jax.model.ops.attend import Visibility, attend
@@ -40,7 +37,7 @@ MODEL = Llama(CONFIG)
 LAYOUTS = pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 
 # Half the time of these tests is compilation, and code that is run once needs no optimizing.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # The model is a static argument, its head too.
 apply = quick_jit(Llama.apply, static_argnums=0, static_argnames="head")
@@ -213,7 +210,7 @@ def test_a_model_is_a_value():
     assert len({MODEL, same, other, rules}) == 3
     traced = []
 
-    @partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def program(model, x):
         traced.append(model)
         return x * model.config.norm_eps
@@ -366,7 +363,7 @@ def test_a_decode_step_updates_the_cache_in_place(layout):
     """A donated cache becomes the new one; beside it only a layer's share is ever held."""
     model = Llama(config(n_layers=6))
     cache = jax.eval_shape(lambda: KVCache.init(model.config, 2, 1024, stacked=layout == "stacked"))
-    params = jax.eval_shape(partial(in_layout, layout), model.shapes())
+    params = jax.eval_shape(functools.partial(in_layout, layout), model.shapes())
     token = jax.ShapeDtypeStruct((2, 1), jnp.int32)
     step = jax.jit(model.apply, donate_argnames="cache")
     memory = step.lower(params, token, token, None, cache).compile().memory_analysis()
@@ -377,7 +374,7 @@ def test_a_decode_step_updates_the_cache_in_place(layout):
 
 @LAYOUTS
 def test_the_cache_keeps_its_type(layout):
-    params = jax.eval_shape(partial(in_layout, layout), MODEL.shapes())
+    params = jax.eval_shape(functools.partial(in_layout, layout), MODEL.shapes())
     cache = KVCache.init(CONFIG, 2, 6, jnp.bfloat16, stacked=layout == "stacked")
     token = jax.ShapeDtypeStruct((2, 1), jnp.int32)
     output = jax.eval_shape(MODEL.apply, params, token, token, None, cache)
@@ -394,7 +391,7 @@ def test_padding_changes_nothing(left, right):
     """On either side, however much, and whatever ids and positions the padding has."""
     params, tokens = parameters(), some_tokens(2, 7)
     expected = logits_of(params, tokens)
-    pad = partial(np.pad, pad_width=((0, 0), (left, right)))
+    pad = functools.partial(np.pad, pad_width=((0, 0), (left, right)))
     padded, segments = pad(tokens, constant_values=9), pad(np.ones_like(tokens))
     for pad_position in (0, 3):
         positions = pad(rising(2, 7), constant_values=pad_position)
@@ -414,7 +411,7 @@ def test_packed_documents_are_as_if_separate():
         return jnp.sum(logits * direction), logits
 
     def packed(params):
-        row = partial(np.pad, pad_width=((0, 1), (0, 2)))  # (1, 12) -> (2, 14)
+        row = functools.partial(np.pad, pad_width=((0, 1), (0, 2)))  # (1, 12) -> (2, 14)
         segments = row(np.repeat([[1, 2, 3]], 4, axis=1))
         ids = row(tokens.reshape(1, 12), constant_values=9)
         logits = MODEL.apply(params, ids, row(rising(3, 4).reshape(1, 12)), segments).value
@@ -474,52 +471,6 @@ def test_stack_is_the_inverse_of_unstack():
     assert_equal(stack(apart), params)
 
 
-def equations(program: Jaxpr | ClosedJaxpr) -> Iterator[JaxprEqn]:
-    """Every equation of a program and, once each, of its inner programs."""
-    for equation in getattr(program, "jaxpr", program).eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple) else (value,):
-                if isinstance(inner, Jaxpr | ClosedJaxpr):
-                    yield from equations(inner)
-
-
-def forward_program(model: Llama) -> ClosedJaxpr:
-    tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
-    return jax.make_jaxpr(model.apply)(model.shapes(), tokens, tokens)
-
-
-@pytest.mark.parametrize(
-    ("remat", "save", "again"),
-    [
-        ("none", (), 0),
-        ("named", get_args(RematName), 1),  # the scores, to form the softmax anew
-        ("named", ("query", "key", "value"), 5),
-        ("full", (), 8),  # all but `down`, whose result the backward pass does not read
-    ],
-)
-def test_remat_computes_again_what_it_did_not_save(remat, save, again):
-    compute = ComputeConfig(scan_layers=False, remat=remat, remat_save=save)
-
-    def products(model: Llama) -> int:
-        program = jax.make_jaxpr(jax.grad(partial(loss_and_logits, model), has_aux=True))(
-            model.shapes()
-        )
-        return sum(e.primitive.name == "dot_general" for e in equations(program))
-
-    forward_and_backward = 3 * (9 * L + 1)
-    assert products(Llama(CONFIG, compute)) == forward_and_backward + again * L
-
-
-def test_every_value_that_remat_can_save_exists():
-    names = {
-        equation.params["name"]
-        for equation in equations(forward_program(MODEL))
-        if equation.primitive.name == "name"
-    }
-    assert names == set(get_args(RematName))
-
-
 # --- number types ----------------------------------------------------------------------------
 
 BF16 = Llama(CONFIG, ComputeConfig(dtype="bfloat16"))
@@ -541,52 +492,6 @@ def test_bf16_is_near_fp32():
     assert (np.array(in_bf16) < 3 * np.array(inevitable)).all()
 
 
-def test_in_bf16_norms_softmax_angles_and_logits_stay_fp32():
-    program = forward_program(BF16)
-    for equation in equations(program):
-        if equation.primitive.name in ("rsqrt", "exp", "reduce_sum", "reduce_max", "cos", "sin"):
-            assert equation.invars[0].aval.dtype == jnp.float32, equation
-    of_each = Counter(equation.primitive.name for equation in equations(program))
-    # Three norms; the softmax's exp, sum and maximum; one cosine and sine.
-    assert [of_each[name] for name in ("rsqrt", "exp", "reduce_max", "cos", "sin")] == [
-        3,
-        1,
-        1,
-        1,
-        1,
-    ]
-    assert of_each["reduce_sum"] == 4
-
-
-def test_in_bf16_scores_are_rounded_only_after_the_softmax():
-    rounded = [
-        equation.outvars[0].aval.shape
-        for equation in equations(forward_program(BF16))
-        if equation.primitive.name == "convert_element_type"
-        and equation.invars[0].aval.dtype == jnp.float32
-        and equation.params["new_dtype"] == jnp.bfloat16
-    ]
-    assert [shape for shape in rounded if len(shape) == 5] == [(2, K, N // K, 5, 5)]
-    assert (2, 5, V) not in rounded
-
-
-def test_in_bf16_every_product_is_bf16_and_scores_and_logits_come_out_in_fp32():
-    products = Counter()
-    for equation in equations(forward_program(BF16)):
-        if equation.primitive.name == "dot_general":
-            assert {v.aval.dtype.name for v in equation.invars} == {"bfloat16"}
-            out = equation.outvars[0].aval
-            products[out.dtype.name, out.ndim] += 1
-    # q, k, v, values (4 and 5 axes); o, gate, up, down; then scores (5 axes) and logits.
-    assert products == {
-        ("bfloat16", 4): 3,
-        ("bfloat16", 5): 1,
-        ("bfloat16", 3): 4,
-        ("float32", 5): 1,
-        ("float32", 3): 1,
-    }
-
-
 # --- heads -----------------------------------------------------------------------------------
 
 
@@ -596,7 +501,7 @@ def test_in_bf16_every_product_is_bf16_and_scores_and_logits_come_out_in_fp32():
 )
 def test_output_types(head, shape, dtype):
     model = Llama(CONFIG, ComputeConfig(dtype=dtype))
-    program = partial(model.apply, head=head)
+    program = functools.partial(model.apply, head=head)
     value, cache, aux = jax.eval_shape(program, model.shapes(head), TOKENS, rising(2, 9))
     assert value.shape == shape
     assert value.dtype == (dtype if head == "none" else "float32")
@@ -628,103 +533,10 @@ def test_tied_embeddings_are_the_head_and_learn_from_both_ends():
     assert_close(gradient_and_logits(tied, params), (expected, expected_logits))
 
 
-# --- no dead numbers -------------------------------------------------------------------------
-
-SCALINGS = {
-    "none": {},
-    "linear": {"factor": 2.0},
-    "dynamic": {"factor": 2.0, "original_context": 4},
-    "yarn": {
-        "factor": 2.0,
-        "original_context": 1024,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "attention_factor": 1.5,
-    },
-    "llama3": {
-        "factor": 2.0,
-        "original_context": 4096,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    },
-}
-CHANGED = {
-    "d_model": 40,
-    "n_layers": 3,
-    "n_heads": 6,
-    "n_kv_heads": 4,
-    "d_head": 12,
-    "d_ff": 56,
-    "vocab_size": 72,
-    "norm_eps": 1e-6,
-    "rope_theta": 2e4,
-    "rope_scaling": {"type": "linear", "factor": 2.0},
-    "tie_embeddings": True,
-}
-CHANGED_SCALING = {
-    "factor": 3.0,
-    "original_context": 2048,
-    "beta_fast": 8.0,
-    "beta_slow": 0.3,
-    "attention_factor": 1.6,
-    "low_freq_factor": 0.5,
-    "high_freq_factor": 8.0,
-}
-
-
-def fingerprint(config: ModelConfig) -> tuple[Any, ...]:
-    """All that decides the numbers: the parameter tree, the program, and the constants in it (a
-    program's text shows neither the frequencies of RoPE nor every digit of a scalar)."""
-    model = Llama(config)
-    program = forward_program(model)
-    constants = [np.asarray(constant).tobytes() for constant in program.consts]
-    for equation in equations(program):
-        constants += [repr(v.val) for v in equation.invars if isinstance(v, Literal)]
-        for value in equation.params.values():
-            if isinstance(value, ClosedJaxpr):
-                constants += [np.asarray(constant).tobytes() for constant in value.consts]
-    return str(model.shapes()), str(program), tuple(constants)
-
-
-@cache
-def fingerprint_of_scaling(type: str) -> tuple[Any, ...]:
-    return fingerprint(config(rope_scaling={"type": type, **SCALINGS[type]}))
-
-
-def test_the_fingerprint_of_an_unchanged_configuration_is_unchanged():
-    jax.clear_caches()
-    assert fingerprint(config()) == fingerprint_of_scaling("none")
-
-
-@pytest.mark.parametrize("field", ModelConfig.model_fields)
-def test_no_field_of_the_model_is_dead(field):
-    assert field in CHANGED, f"give the new field {field} another value in CHANGED"
-    assert fingerprint(config(**{field: CHANGED[field]})) != fingerprint_of_scaling("none")
-
-
-def test_every_norm_reads_its_epsilon_from_the_configuration():
-    program = forward_program(Llama(config(norm_eps=0.125)))
-    literals = [v.val for e in equations(program) for v in e.invars if isinstance(v, Literal)]
-    assert sum(np.ndim(value) == 0 and value == 0.125 for value in literals) == 3
-
-
-@pytest.mark.parametrize(
-    ("type", "field"), [(type, field) for type in SCALINGS for field in SCALINGS[type]]
-)
-def test_no_field_of_a_rope_scaling_is_dead(type, field):
-    scaling = {"type": type, **SCALINGS[type], field: CHANGED_SCALING[field]}
-    assert fingerprint(config(rope_scaling=scaling)) != fingerprint_of_scaling(type)
-
-
-@pytest.mark.parametrize("type", SCALINGS)
-def test_rope_theta_is_read_under_every_scaling(type):
-    scaling = {"type": type, **SCALINGS[type]}
-    changed = fingerprint(config(rope_theta=2e4, rope_scaling=scaling))
-    assert changed != fingerprint_of_scaling(type)
-
-
-def test_every_scaling_differs_and_every_field_of_one_is_tried():
-    assert set(SCALINGS) == set(get_args(RopeScaling.model_fields["type"].annotation))
-    assert len({fingerprint_of_scaling(type) for type in SCALINGS}) == len(SCALINGS)
-    tried = {field for fields in SCALINGS.values() for field in fields}
-    assert tried == set(CHANGED_SCALING) == set(RopeScaling.model_fields) - {"type"}
+def test_layers_and_cache_of_different_layouts_are_refused():
+    tokens, positions = jnp.ones((1, 2), jnp.int32), jnp.arange(2)[None]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), MODEL.shapes())
+    for params, stacked in ((zeros, False), (unstack(zeros), True)):
+        cache = KVCache.init(CONFIG, 1, 4, stacked=stacked)
+        with pytest.raises(ValueError, match="both be stacked, or both be unstacked"):
+            MODEL.apply(params, tokens, positions, None, cache)

@@ -111,8 +111,8 @@ def test_linear_scaling_divides_positions():
         inverse_frequencies(stretched), np.array(unscaled(16, 1e4)) / 4, rtol=1e-12
     )
     for ours, plain in zip(
-        rotations(stretched, 4 * whole_row(20), None),
-        rotations(config(), whole_row(20), None),
+        rotations(stretched, 4 * whole_row(20), None, None),
+        rotations(config(), whole_row(20), None, None),
         strict=True,
     ):
         np.testing.assert_allclose(ours, plain, atol=1e-6)
@@ -176,7 +176,7 @@ def test_yarn_is_its_formula(d_head, theta, original, fast, slow, bands):
 )
 def test_only_yarn_scales_cosine_and_sine(scaling, expected):
     assert attention_factor(scaling) == pytest.approx(expected, rel=1e-12)
-    cos, sin = rotations(config(scaling=scaling), whole_row(20), None)
+    cos, sin = rotations(config(scaling=scaling), whole_row(20), None, None)
     np.testing.assert_allclose(np.hypot(cos, sin), expected, rtol=1e-6)
 
 
@@ -204,7 +204,7 @@ def assert_turns_by(ours: np.ndarray, expected: np.ndarray) -> None:
 def test_dynamic_scaling_follows_the_length_of_each_row(length):
     """Rows of one batch have their own lengths; up to the original context nothing changes."""
     positions = jnp.stack([jnp.arange(40) % length, jnp.arange(40) % 16])
-    ours = angles(*rotations(config(scaling=DYNAMIC), positions, None))
+    ours = angles(*rotations(config(scaling=DYNAMIC), positions, None, None))
     for row, row_length in enumerate((length, 16)):
         frequencies = dynamic_reference(16, 1e4, DYNAMIC, row_length)
         assert_turns_by(ours[row], np.outer(positions[row], frequencies))
@@ -214,13 +214,13 @@ def test_dynamic_scaling_follows_the_length_of_each_row(length):
 
 def test_dynamic_scaling_with_a_cache_follows_the_length_of_the_cache():
     """Keys stored at the first step must agree with queries of the last."""
-    ours = angles(*rotations(config(scaling=DYNAMIC), whole_row(20), cache_length=64))
+    ours = angles(*rotations(config(scaling=DYNAMIC), whole_row(20), None, cache_length=64))
     frequencies = dynamic_reference(16, 1e4, DYNAMIC, 64)
     assert_turns_by(ours[0], np.outer(np.arange(20), frequencies))
 
 
 def test_angles_are_fp32():
-    for table in rotations(config(), whole_row(3), None):
+    for table in rotations(config(), whole_row(3), None, None):
         assert table.shape == (1, 3, 8)
         assert table.dtype == jnp.float32
 
@@ -236,7 +236,7 @@ def test_rotate_multiplies_complex_numbers():
     """Pair i is the complex number x[i] + x[i + H/2] j, turned by exp(position * frequency j)."""
     x = normal(0, 2, 5, 3, 16)
     positions = np.array([[0, 1, 2, 3, 4], [7, 3, 50, 0, 9]])
-    ours = np.asarray(rotate(x, *rotations(config(16), positions, None)))
+    ours = np.asarray(rotate(x, *rotations(config(16), positions, None, None)))
     turns = np.exp(1j * positions[..., None] * np.array(unscaled(16, 1e4)))
     turned = (x[..., :8] + 1j * x[..., 8:]) * turns[:, :, None]
     np.testing.assert_allclose(ours[..., :8] + 1j * ours[..., 8:], turned, atol=2e-5)
@@ -248,7 +248,7 @@ def test_scores_depend_on_the_distance_alone(scaling):
 
     def score(query: int, key: int) -> float:
         turned = [
-            rotate(x, *rotations(config(scaling=scaling), jnp.array([[position]]), None))
+            rotate(x, *rotations(config(scaling=scaling), jnp.array([[position]]), None, None))
             for x, position in ((q, query), (k, key))
         ]
         return float(jnp.vdot(*turned))
@@ -262,13 +262,24 @@ def test_scores_depend_on_the_distance_alone(scaling):
 
 def test_position_zero_is_not_turned():
     x = normal(3, 1, 1, 2, 16)
-    np.testing.assert_array_equal(rotate(x, *rotations(config(), jnp.array([[0]]), None)), x)
+    np.testing.assert_array_equal(rotate(x, *rotations(config(), jnp.array([[0]]), None, None)), x)
 
 
 def test_rotate_computes_in_fp32_and_keeps_the_type():
     x = normal(4, 1, 6, 2, 16).astype(jnp.bfloat16)
-    turns = rotations(config(), 100 * whole_row(6), None)
+    turns = rotations(config(), 100 * whole_row(6), None, None)
     ours = rotate(x, *turns)
     assert ours.dtype == jnp.bfloat16
     rounded_once = np.asarray(rotate(x.astype(np.float32), *turns)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(ours), rounded_once)
+
+
+def test_dynamic_scaling_knows_no_neighbours_and_no_padding():
+    positions = jnp.concatenate([jnp.arange(4), jnp.arange(8), jnp.arange(8, 12)])[None]
+    segments = jnp.repeat(jnp.array([1, 2, 0]), jnp.array([4, 8, 4]))[None]
+    scaling = DYNAMIC.model_copy(update={"original_context": 4})
+    scaled = config(scaling=scaling)
+    packed = angles(*rotations(scaled, positions, segments, None))
+    for part, length in ((slice(0, 4), 4), (slice(4, 12), 8)):
+        alone = angles(*rotations(scaled, whole_row(length), None, None))
+        np.testing.assert_array_equal(packed[:, part], alone)

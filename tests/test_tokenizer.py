@@ -149,15 +149,16 @@ def test_encoding_by_units_equals_the_library():
 def other_model(**settings):
     """A tokenizer that is not quite LLaMA's, and the library's view of it."""
     file = io.BytesIO()
-    common = {"byte_fallback": True, "vocab_size": 290, "pad_id": -1, "minloglevel": 2}
+    common = {"byte_fallback": True, "vocab_size": 290, "pad_id": -1, "minloglevel": 2} | settings
     lines = [*sentences(300), *["one<sep>two  three"] * 30]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=file, **common, **settings
+        sentence_iterator=iter(lines), model_writer=file, **common
     )
     library = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
     return tokenizers.Tokenizer(file.getvalue(), "other"), library
 
 
+ACROSS = f"s{SPACE_SIGN}and"  # a piece from one word into the next
 IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
@@ -165,8 +166,8 @@ IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": F
     "settings",
     [
         {**IDENTITY, "model_type": "unigram"},
-        {**IDENTITY, "model_type": "bpe", "user_defined_symbols": ["<sep>", "s and"]},
-        {**IDENTITY, "model_type": "bpe", "split_by_whitespace": False},
+        {**IDENTITY, "model_type": "bpe", "user_defined_symbols": ["<sep>", ACROSS]},
+        {**IDENTITY, "model_type": "bpe", "split_by_whitespace": False, "vocab_size": 400},
         {**IDENTITY, "model_type": "bpe", "add_dummy_prefix": False},
     ],
     ids=["unigram", "user-defined", "across words", "no space in front"],
@@ -184,6 +185,17 @@ def test_other_kinds_of_models_are_read_as_the_library_reads_them(settings):
         assert tokenizer.encode(text) == library.encode(text)
     for text in ("one<sep>two  hills and\n llama", "  the llama 42", *EDGES):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"user_defined_symbols": [ACROSS]}, {"split_by_whitespace": False, "vocab_size": 400}],
+    ids=["user-defined", "learned"],
+)
+def test_pieces_across_words_are_used(settings):
+    tokenizer, _ = other_model(**IDENTITY, model_type="bpe", **settings)
+    pieces = [tokenizer.spelling(i) for i in tokenizer.encode("sat on hills and hummed about")]
+    assert any(b" " in piece.strip() for piece in pieces)
 
 
 def test_a_model_that_rewrites_text_says_so():

@@ -134,11 +134,10 @@ class Decoder:
         """One more token for every running row, or the reason why there is none."""
         rows = state.rows
         B, S = rows.tokens.shape
-        row = jnp.arange(B)
         last_B1 = rows.lengths[:, None] - 1
         output = self.model.apply(
             params,
-            rows.tokens[row[:, None], last_B1],
+            jnp.take_along_axis(rows.tokens, last_B1, axis=1),
             last_B1,
             # Padding is not stored: rows that have ended leave their cache alone.
             segments_BT=rows.running[:, None].astype(jnp.int32),
@@ -160,8 +159,8 @@ class Decoder:
         reasons_B = jnp.where(~finite_B, Reason.NOT_FINITE, reasons_B)
         reasons_B = jnp.where(rows.running, reasons_B, rows.reasons)
 
-        slots_B = jnp.where(grows_B, rows.lengths, S)  # slot S does not exist: nothing is written
-        tokens_BS = rows.tokens.at[row, slots_B].set(next_B, mode="drop")
+        new_BS = grows_B[:, None] & (jnp.arange(S) == rows.lengths[:, None])
+        tokens_BS = jnp.where(new_BS, next_B[:, None], rows.tokens)
         rows = replace(rows, tokens=tokens_BS, lengths=lengths_B, reasons=reasons_B)
         return State(rows, output.cache)
 

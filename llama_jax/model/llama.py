@@ -98,7 +98,7 @@ class Llama:
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         some_x = jnp.zeros((1, 1, c.d_model))
         some_positions = jnp.zeros((1, 1), jnp.int32)
-        some_rotation = rotations(c, some_positions, None)
+        some_rotation = rotations(c, some_positions, None, None)
         some_visibility = Visibility(some_positions, some_positions)
 
         def init_layer(key: jax.Array) -> Any:
@@ -142,7 +142,7 @@ class Llama:
             if segments_BT is not None:
                 slots_BT = jnp.where(segments_BT == 0, cache.max_length, positions_BT)
         cache_length = None if cache is None else cache.max_length
-        rotation = rotations(self.config, positions_BT, cache_length)
+        rotation = rotations(self.config, positions_BT, segments_BT, cache_length)
 
         x = params["embed"].at[tokens_BT].get(mode="clip").astype(self.compute.dtype)
         x = constrain(x, ("batch", "seq", "act_embed"), self.rules)
@@ -167,6 +167,11 @@ class Llama:
             return layer.apply({"params": weights}, x, rotation, visibility, layer_cache)
 
         stacked = not isinstance(layers, tuple)
+        if cache and stacked == isinstance(cache.key, tuple):
+            raise ValueError(
+                "layers and cache must both be stacked, or both be unstacked: KVCache.init takes "
+                f"stacked={stacked} for these parameters"
+            )
         scan = stacked and (self.compute.scan_layers or cache is not None)
         block = _rematerialise(block, self.compute, inside_scan=scan)
 

@@ -227,6 +227,8 @@ def make_plan(config: TrainConfig) -> Plan:
     Raises:
         ConfigError: they do not fit together.
     """
+    if jax.process_count() > 1:
+        raise ConfigError("training over several processes is not supported yet; start one")
     tokenizer = tokenizers.load(config.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -382,6 +384,8 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.requested = signal.Signals(number).name
+        # Not print: the signal may have come while something else was being printed.
+        os.write(2, b"\nfinishing this step and saving; the same signal again ends at once\n")
 
 
 def place(plan: Plan, batch: dict[str, np.ndarray]) -> Batch:
@@ -440,9 +444,8 @@ class Reporter:
         self._flops = flops_per_token(plan.config.model, length)
         peak = peak_flops(plan.mesh.devices.flat[0].device_kind)
         self._peak = peak and peak * plan.mesh.size
-        self._first = self._last_step = step
-        self._last_seconds = self._seconds()
-        self._skipped = 0.0
+        self._first = step
+        self._last = step, *self._seconds()
         self._speed: dict[str, float] = {}
 
     def report(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -466,11 +469,10 @@ class Reporter:
         if is_logged:
             self._speed = self._measure_speed(step)
             self._journal.write(step, values | self._speed)
-        left = self._seconds() / (step - self._first) * (self._config.steps - step)
+        left = sum(self._seconds()) / (step - self._first) * (self._config.steps - step)
         self._screen.step(step, describe(values | self._speed, left), stays=is_logged)
-        if values["skipped"] > self._skipped:
+        if values["skipped_in_row"]:
             self._screen.say(f"step {step}: loss or gradient is not finite; update skipped")
-        self._skipped = values["skipped"]
         if values["skipped_in_row"] >= MOST_SKIPPED_IN_ROW:
             raise TrainingError(
                 f"loss or gradient was not finite in {MOST_SKIPPED_IN_ROW} steps in a row (until "
@@ -484,19 +486,22 @@ class Reporter:
         self._screen.say(f"step {step}  validation loss {loss:.4f}{'  (best)' if is_best else ''}")
 
     def _measure_speed(self, step: int) -> dict[str, float]:
-        """Tokens per second since the last such call, and the share of the peak that makes."""
-        seconds = self._seconds()
-        steps, spent = step - self._last_step, seconds - self._last_seconds
-        self._last_step, self._last_seconds = step, seconds
-        speed = {"tokens_per_second": steps * self._tokens / spent}
+        """Tokens per second since the last such call, the share of the peak that makes, and the
+        share of the time that this thread spent on data and reports instead of waiting for a step.
+        """
+        waited, worked = self._seconds()
+        steps, seconds = step - self._last[0], waited + worked - sum(self._last[1:])
+        host_share = (worked - self._last[2]) / seconds
+        self._last = step, waited, worked
+        speed = {"tokens_per_second": steps * self._tokens / seconds, "host_share": host_share}
         if self._peak:
             speed["mfu"] = speed["tokens_per_second"] * self._flops / self._peak
         return speed
 
-    def _seconds(self) -> float:
-        """Time spent on steps so far, and what belongs to them."""
+    def _seconds(self) -> tuple[float, float]:
+        """Time so far that was spent waiting for steps, and on what belongs to them."""
         seconds = self._clock.seconds()
-        return sum(seconds.get(name, 0.0) for name in ("step", "data", "report"))
+        return seconds.get("step", 0.0), seconds.get("data", 0.0) + seconds.get("report", 0.0)
 
 
 # Words --------------------------------------------------------------------------------------------

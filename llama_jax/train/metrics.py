@@ -239,13 +239,14 @@ def plot_losses(folder: Path) -> Path | None:
         return None
 
     from matplotlib.figure import Figure  # two seconds that `--help` need not wait
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for (name, points), marker in zip(curves.items(), ("", "o"), strict=True):
         if points:
             axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)

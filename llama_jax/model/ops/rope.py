@@ -73,30 +73,42 @@ def attention_factor(scaling: RopeScaling) -> float:
 
 
 def rotations(
-    config: ModelConfig, positions_BT: jax.Array, cache_length: int | None
+    config: ModelConfig,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array | None,
+    cache_length: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of every position and pair, each (B, T, H/2) fp32.
 
-    Dynamic scaling depends on a length. Without a cache it is the row's own (largest position + 1);
-    with one it is the cache's, fixed at its creation, so that keys stored early agree with late
-    ones.
+    Dynamic scaling depends on a length. Without a cache it is the document's own (largest position
+    of its segment + 1); with one it is the cache's, fixed at its creation, so that keys stored
+    early agree with late ones.
     """
     frequencies = jnp.asarray(inverse_frequencies(config), jnp.float32)
     if config.rope_scaling.type == "dynamic":
-        length_B1 = jnp.max(positions_BT, axis=1, keepdims=True) + 1
-        if cache_length is not None:
-            length_B1 = jnp.full_like(length_B1, cache_length)
-        frequencies = _dynamic(config, length_B1)[:, None, :]
+        if cache_length is None:
+            lengths_BT = _document_lengths(positions_BT, segments_BT)
+        else:
+            lengths_BT = jnp.full_like(positions_BT, cache_length)
+        frequencies = _dynamic(config, lengths_BT)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     factor = attention_factor(config.rope_scaling)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def _dynamic(config: ModelConfig, length_B1: jax.Array) -> jax.Array:
-    """NTK-aware scaling: the base grows with the length beyond the original context; (B, H/2)."""
+def _document_lengths(positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Largest position + 1 of each token's document, (B, T)."""
+    if segments_BT is None:
+        return jnp.broadcast_to(positions_BT.max(axis=1, keepdims=True) + 1, positions_BT.shape)
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return jnp.where(same_BTT, positions_BT[:, None, :], 0).max(axis=2) + 1
+
+
+def _dynamic(config: ModelConfig, lengths_BT: jax.Array) -> jax.Array:
+    """NTK-aware scaling: the base grows beyond the original context; (B, T, H/2) frequencies."""
     scaling, width = config.rope_scaling, config.d_head
     (original,) = _given(scaling.original_context)
-    length = jnp.maximum(length_B1.astype(jnp.float32), original)
+    length = jnp.maximum(lengths_BT[..., None].astype(jnp.float32), original)
     growth = scaling.factor * length / original - (scaling.factor - 1)
     base = config.rope_theta * growth ** (width / (width - 2))
     return base ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
