@@ -184,7 +184,7 @@ def test_sharded_tokens_equal_unsharded(
         rows, _, heads, _ = slab.addressable_shards[0].data.shape[-4:]
         assert (rows, heads) == (8 // sizes["data"], CONFIG.n_kv_heads // sizes["tensor"])
         assert state.rows.tokens.addressable_shards[0].data.shape[0] == 8 // sizes["data"]
-        state = Decoder(model).advance(placed, state, np.zeros(8, bool), 2)
+        state = Decoder(model).advance(placed, state, 2)
         same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, layout)
         assert all(jax.tree.leaves(same))
         # One row cannot be split.
@@ -243,21 +243,21 @@ def test_end_ids_end_their_row_alone_and_are_not_part_of_the_answer(params: Para
 
 
 def test_a_row_that_has_ended_stays_as_it_is(params: Params) -> None:
-    decoder, stop = Decoder(MODEL), np.arange(8) == 4
+    decoder = Decoder(MODEL)
     whole = answer(MODEL, params, requests_of(PROMPTS, GREEDY))
     rows = rows_of(MODEL, PROMPTS[:7])
     end = whole[0].tokens[2]
     ends = jnp.full((8, 1), -1).at[0].set(end)
     rows = replace(rows, ends=ends, limits=rows.limits.at[1].set(3))
-    early = decoder.advance(params, decoder.prefill(params, rows, chunk=16), stop, 4)
-    lengths, reasons = np.asarray(early.rows.lengths), np.asarray(early.rows.reasons)
-    state = decoder.advance(params, early, np.zeros(8, bool), 1000)
+    early = decoder.advance(params, decoder.prefill(params, rows, chunk=16), 4)
+    lengths, reasons = np.array(early.rows.lengths), np.array(early.rows.reasons)
+    state = decoder.advance(params, early, 1000)
 
-    assert reasons[[0, 1, 4]].tolist() == [Reason.EOS, Reason.LENGTH, Reason.STOP]
+    assert reasons[[0, 1]].tolist() == [Reason.EOS, Reason.LENGTH]
     assert reasons[7] == Reason.LENGTH  # the row that fills up the batch
-    assert lengths[[0, 1, 4, 7]].tolist() == [3 + whole[0].tokens.index(end), 3, 1, 1]
+    assert lengths[[0, 1, 7]].tolist() == [3 + whole[0].tokens.index(end), 3, 1]
     ended = reasons != Reason.RUNNING
-    assert ended.sum() == 4
+    assert ended.sum() == 3
     assert np.all(np.asarray(state.rows.reasons) != Reason.RUNNING)
     assert state.rows.lengths[ended].tolist() == lengths[ended].tolist()
     assert state.rows.reasons[ended].tolist() == reasons[ended].tolist()

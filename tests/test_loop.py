@@ -455,7 +455,7 @@ def test_a_state_that_is_not_finite_is_never_saved(corpus, tmp_path):
 
 
 def test_best_is_kept_and_patience_ends(corpus, tmp_path, monkeypatch, capsys):
-    losses = iter([5.0, 4.0, float("nan"), 4.5, 3.0])
+    losses = iter([float("nan"), 5.0, 4.0, float("nan"), 4.5, 3.0])
     monkeypatch.setattr(loop, "measure", lambda *_: next(losses))
     config = make_config(
         corpus,
@@ -465,8 +465,8 @@ def test_best_is_kept_and_patience_ends(corpus, tmp_path, monkeypatch, capsys):
         checkpoint={"every": 3, "keep_last": 1, "keep_best": 1},
     )
     assert train(config) == 0
-    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 4]
-    assert "stopped after step 4: no better validation loss" in capsys.readouterr().out
+    assert checkpoint.steps(tmp_path / "checkpoints") == [3, 5]
+    assert "stopped after step 5: no better validation loss" in capsys.readouterr().out
     assert train(config) == 0  # its patience is still at an end
     assert "nothing is left to do" in capsys.readouterr().out
     assert next(losses) == 3.0

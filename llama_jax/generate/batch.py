@@ -101,16 +101,15 @@ def _answer_group(
 
     answers: list[list[int]] = [[] for _ in group]
     finished: list[FinishReason | None] = [None] * len(group)
-    stopped = np.zeros(len(rows.lengths), bool)
     steps = np.int32(WATCHED_STEPS if watch else UNWATCHED_STEPS)
     while not all(finished):
-        state = decoder.advance(params, state, stopped, steps)
+        state = decoder.advance(params, state, steps)
         tokens, lengths, reasons = jax.device_get(
             (state.rows.tokens, state.rows.lengths, state.rows.reasons)
         )
         for row, number in enumerate(group):
             if finished[row]:
-                continue
+                continue  # a stopped row goes on beside the others, unseen
             if reasons[row] == Reason.NOT_FINITE:
                 raise FloatingPointError(
                     f"prompt {number}: the logits after {lengths[row]} tokens are not finite; the "
@@ -120,7 +119,7 @@ def _answer_group(
             finished[row] = FINISHED.get(reasons[row])
             kept = watch(number, new, finished[row] is not None) if watch else None
             if kept is not None:
-                new, finished[row], stopped[row] = new[:kept], "stop", True
+                new, finished[row] = new[:kept], "stop"
             answers[row] += new
         seen = lengths
     return [Answer(ids, reason) for ids, reason in zip(answers, finished, strict=True) if reason]

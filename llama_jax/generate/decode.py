@@ -31,8 +31,7 @@ class Reason(IntEnum):
     RUNNING = 0
     EOS = 1  # it drew one of its end ids, which is not kept
     LENGTH = 2  # it reached its limit
-    STOP = 3  # the host asked for it
-    NOT_FINITE = 4  # its logits were NaN or infinite
+    NOT_FINITE = 3  # its logits were NaN or infinite
 
 
 @jax.tree_util.register_dataclass
@@ -87,9 +86,8 @@ class Decoder:
         long the prompts are.
         """
         B, S = rows.tokens.shape
-        cache = KVCache.init(
-            self.model.config, B, S, self.model.compute.dtype, stacked=_stacked(params)
-        )
+        stacked = not isinstance(params["layers"], tuple)
+        cache = KVCache.init(self.model.config, B, S, self.model.compute.dtype, stacked)
         context_B = rows.lengths - 1
 
         def fill(i: jax.Array, cache: KVCache) -> KVCache:
@@ -103,22 +101,16 @@ class Decoder:
             assert output.cache is not None  # one went in
             return output.cache
 
-        chunks = -(-jnp.max(context_B) // chunk)
         state = self._placed(State(rows, cache))
-        return self._placed(replace(state, cache=lax.fori_loop(0, chunks, fill, state.cache)))
+        chunks = -(-jnp.max(context_B) // chunk)
+        return replace(state, cache=lax.fori_loop(0, chunks, fill, state.cache))
 
     @partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
-    def advance(
-        self, params: Params, state: State, stopped_B: jax.Array, steps: jax.Array
-    ) -> State:
-        """Runs until every row has ended, at most `steps` steps.
+    def advance(self, params: Params, state: State, steps: jax.Array) -> State:
+        """Runs until every row has ended, at most `steps` steps (int32).
 
-        Rows named in `stopped_B` (bool) end before the first step. `state` is donated: its memory
-        becomes the result's.
+        `state` is donated: its memory becomes the result's.
         """
-        rows = state.rows
-        reasons = jnp.where(rows.running & stopped_B, Reason.STOP, rows.reasons)
-        state = replace(state, rows=replace(rows, reasons=reasons))
 
         def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
             step, state = carry
@@ -128,7 +120,7 @@ class Decoder:
             step, state = carry
             return step + 1, self._step(params, state)
 
-        return self._placed(lax.while_loop(unfinished, body, (jnp.int32(0), state))[1])
+        return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
     def _step(self, params: Params, state: State) -> State:
         """One more token for every running row, or the reason why there is none."""
@@ -159,13 +151,13 @@ class Decoder:
         reasons_B = jnp.where(~finite_B, Reason.NOT_FINITE, reasons_B)
         reasons_B = jnp.where(rows.running, reasons_B, rows.reasons)
 
-        new_BS = grows_B[:, None] & (jnp.arange(S) == rows.lengths[:, None])
-        tokens_BS = jnp.where(new_BS, next_B[:, None], rows.tokens)
+        is_next_BS = jnp.arange(S) == rows.lengths[:, None]  # beyond an ended row: means nothing
+        tokens_BS = jnp.where(is_next_BS, next_B[:, None], rows.tokens)
         rows = replace(rows, tokens=tokens_BS, lengths=lengths_B, reasons=reasons_B)
         return State(rows, output.cache)
 
     def _placed(self, state: State) -> State:
-        """The state, laid out over the mesh in force, so that one call's result fits the next."""
+        """The state, laid out over the mesh in force."""
         rules = self.model.rules
 
         def place_row(x: jax.Array) -> jax.Array:
@@ -179,7 +171,3 @@ class Decoder:
         return State(
             jax.tree.map(place_row, state.rows), jax.tree.map(place_slab, state.cache, axes)
         )
-
-
-def _stacked(params: Params) -> bool:
-    return not isinstance(params["layers"], tuple)
