@@ -109,6 +109,16 @@ def test_parameters_alone_from_any_of_the_three_folders(run):
     assert_same_bits(half, expected)
 
 
+def test_relative_paths_and_names_that_are_not_ascii(run, monkeypatch):
+    monkeypatch.chdir(run)
+    other = Path("läufe und mehr")
+    other.mkdir()
+    for name in ("config.yaml", "tokenizer.model"):
+        shutil.copyfile(name, other / name)
+    write(other, 1)
+    assert_same_bits(load_parameters(other, targets()["params"]), trees(1)["params"])
+
+
 def test_steps_are_in_numeric_order(run):
     folder = write(run, 9, 10, 100, keep_last=3)
     assert steps(folder) == [9, 10, 100]

@@ -188,7 +188,7 @@ def load(checkpoint: Checkpoint, targets: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: the trees or shapes differ from those saved.
     """
     try:
-        return ocp.load_checkpointables(checkpoint.folder / STATE, dict(targets))
+        return ocp.load_checkpointables((checkpoint.folder / STATE).absolute(), dict(targets))
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise CheckpointError(
             f"{checkpoint.folder}: does not hold {', '.join(targets)} of the shape asked for: "
@@ -306,7 +306,7 @@ class Writer:
         record = {"format": FORMAT, "step": step, **progress}
         try:
             partial.mkdir()
-            written = ocp.save_checkpointables_async(partial / STATE, dict(trees))
+            written = ocp.save_checkpointables_async((partial / STATE).absolute(), dict(trees))
         except Exception as error:
             raise _failed(partial, error) from error
         self._saving = self._thread.submit(self._finish, written, partial, record)

@@ -91,8 +91,9 @@ class Journal:
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        for name, value in line.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(dict(values), step=step)
 
