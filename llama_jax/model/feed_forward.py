@@ -2,10 +2,10 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelConfig
+from llama_jax.model.ops.product import product
 from llama_jax.model.param import fan_in_normal, param
 from sharding.constrain import constrain
 from sharding.rules import Rules
@@ -25,9 +25,8 @@ class FeedForward(nn.Module):
         w_gate = param(self, "gate", fan_in_normal(D), (D, F), ("embed", "mlp"))
         w_up = param(self, "up", fan_in_normal(D), (D, F), ("embed", "mlp"))
         w_down = param(self, "down", fan_in_normal(F, residual), (F, D), ("mlp", "embed"))
-        dtype = x_BTD.dtype
-        gate = jnp.einsum("BTD,DF->BTF", x_BTD, w_gate.astype(dtype))
-        up = jnp.einsum("BTD,DF->BTF", x_BTD, w_up.astype(dtype))
+        gate = product("BTD,DF->BTF", x_BTD, w_gate)
+        up = product("BTD,DF->BTF", x_BTD, w_up)
         gate = checkpoint_name(constrain(gate, ("batch", "seq", "act_mlp"), self.rules), "gate")
         up = checkpoint_name(constrain(up, ("batch", "seq", "act_mlp"), self.rules), "up")
-        return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, w_down.astype(dtype))
+        return product("BTF,FD->BTD", jax.nn.silu(gate) * up, w_down)

@@ -99,7 +99,7 @@ class Llama:
         some_x = jnp.zeros((1, 1, c.d_model))
         some_positions = jnp.zeros((1, 1), jnp.int32)
         some_rotation = rotations(c, some_positions, None, None)
-        some_visibility = Visibility(some_positions, some_positions)
+        some_visibility = Visibility(some_positions)
 
         def init_layer(key: jax.Array) -> Any:
             return layer.init(key, some_x, some_rotation, some_visibility, None)["params"]
@@ -135,10 +135,10 @@ class Llama:
         params["layers"] stacked is scanned; a tuple of layers (`unstack`) is unrolled, as the cache
         must then be.
         """
-        visibility = Visibility(positions_BT, positions_BT, segments_BT, segments_BT)
+        visibility = Visibility(positions_BT, segments_BT)
         slots_BT = positions_BT
         if cache is not None:
-            visibility = Visibility(positions_BT, jnp.arange(cache.max_length)[None])
+            visibility = Visibility(positions_BT, None, jnp.arange(cache.max_length)[None])
             if segments_BT is not None:
                 slots_BT = jnp.where(segments_BT == 0, cache.max_length, positions_BT)
         cache_length = None if cache is None else cache.max_length

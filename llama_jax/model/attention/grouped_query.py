@@ -5,12 +5,12 @@ Multi-head attention is the case n_kv_heads = n_heads, multi-query the case n_kv
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelConfig
 from llama_jax.model.cache import LayerCache
 from llama_jax.model.ops.attend import Visibility, attend
+from llama_jax.model.ops.product import product
 from llama_jax.model.ops.rope import rotate
 from llama_jax.model.param import fan_in_normal, param
 from sharding.constrain import constrain
@@ -46,10 +46,9 @@ class GroupedQueryAttention(nn.Module):
         wo = param(
             self, "o", fan_in_normal(N * H, residual), (N, H, D), ("heads", "head_dim", "embed")
         )
-        dtype = x_BTD.dtype
-        q = jnp.einsum("BTD,DNH->BTNH", x_BTD, wq.astype(dtype))
-        k = jnp.einsum("BTD,DKH->BTKH", x_BTD, wk.astype(dtype))
-        v = jnp.einsum("BTD,DKH->BTKH", x_BTD, wv.astype(dtype))
+        q = product("BTD,DNH->BTNH", x_BTD, wq)
+        k = product("BTD,DKH->BTKH", x_BTD, wk)
+        v = product("BTD,DKH->BTKH", x_BTD, wv)
         q = constrain(q, ("batch", "seq", "act_heads", "head_dim"), self.rules)
         k = constrain(k, ("batch", "seq", "act_kv_heads", "head_dim"), self.rules)
         v = constrain(v, ("batch", "seq", "act_kv_heads", "head_dim"), self.rules)
@@ -58,7 +57,7 @@ class GroupedQueryAttention(nn.Module):
         v = checkpoint_name(v, "value")
         if cache is not None:
             cache = cache.write(k, v)
-            k, v = (slab.astype(dtype) for slab in cache.read())
-        attended = checkpoint_name(attend(q, k, v, visibility), "attended")
-        y = jnp.einsum("BTNH,NHD->BTD", attended, wo.astype(dtype))
+            k, v = (slab.astype(x_BTD.dtype) for slab in cache.read())
+        attended = attend(q, k, v, visibility)
+        y = product("BTNH,NHD->BTD", attended, wo)
         return checkpoint_name(y, "attention_out"), cache

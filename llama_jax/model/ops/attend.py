@@ -4,25 +4,32 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from llama_jax.model.ops.product import product
+
+BLOCKS, SHORTEST_BLOCK = 4, 128
 
 
 class Visibility(NamedTuple):
-    """Positions and segments of queries and keys; a mask is made of them where it is used.
+    """What decides which keys a query sees; a mask is made of it where it is used.
 
-    query_positions (B, T), key_positions (B or 1, S); segments likewise, or None when every key
-    belongs to the query's document. Segment 0 is padding, which sees only itself.
+    positions: (B, T), rising along a row within a document.
+    segments: (B, T) documents of a row; 0 is padding, which sees only itself. None when every key
+        belongs to the query's document.
+    key_positions: (B or 1, S). None when the keys are the queries' own tokens, in the same order.
     """
 
-    query_positions: jax.Array
-    key_positions: jax.Array
-    query_segments: jax.Array | None = None
-    key_segments: jax.Array | None = None
+    positions: jax.Array
+    segments: jax.Array | None = None
+    key_positions: jax.Array | None = None
 
     def mask(self) -> jax.Array:
         """(B, T, S) bool: the key is not later than the query and of the same document."""
-        seen = self.key_positions[:, None, :] <= self.query_positions[:, :, None]
-        if self.query_segments is not None and self.key_segments is not None:
-            seen &= self.key_segments[:, None, :] == self.query_segments[:, :, None]
+        keys = self.positions if self.key_positions is None else self.key_positions
+        seen = keys[:, None, :] <= self.positions[:, :, None]
+        if self.segments is not None:
+            seen &= self.segments[:, None, :] == self.segments[:, :, None]
         return seen
 
 
@@ -32,13 +39,69 @@ def attend(
     """softmax(q k / sqrt(H)) v with N / K query heads per key head; (B, T, N, H).
 
     Scores and softmax are fp32. Every query must see at least one key (its own), which holds for
-    padding too.
+    padding too. Where the keys are the queries' own tokens, blocks of queries are computed against
+    the keys up to their end: half the work and memory of the square of scores is not done.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores = scores * H**-0.5
-    scores = jnp.where(visibility.mask()[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+    mask_BTS = visibility.mask()
+    if visibility.key_positions is not None:
+        return _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS).reshape(q_BTNH.shape)
+    size = max(SHORTEST_BLOCK, -(-T // BLOCKS))
+    blocks = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        mine, before = slice(start, end), slice(0, end)
+        blocks.append(
+            _attend(
+                q_BTKGH[:, mine], k_BSKH[:, before], v_BSKH[:, before], mask_BTS[:, mine, before]
+            )
+        )
+    return jnp.concatenate(blocks, axis=1).reshape(q_BTNH.shape)
+
+
+@jax.custom_vjp
+def _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS):
+    return _forward(q_BTKGH, k_BSKH, v_BSKH, mask_BTS)[0]
+
+
+def _forward(q_BTKGH, k_BSKH, v_BSKH, mask_BTS):
+    """The result is divided by the sum of the weights, T x H numbers, not the weights, T x S.
+
+    Axes of results are in the order of the operands', so that none is transposed on the way.
+    """
+    scores_BKTGS = product("BTKGH,BSKH->BKTGS", q_BTKGH, k_BSKH, jnp.float32)
+    scores_BKTGS = jnp.where(mask_BTS[:, None, :, None], scores_BKTGS, jnp.finfo(jnp.float32).min)
+    largest = jnp.max(scores_BKTGS, axis=-1, keepdims=True)
+    weights = jnp.exp((scores_BKTGS - largest) * q_BTKGH.shape[-1] ** -0.5)
+    inverse = 1 / jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(v_BSKH.dtype)
+    y_BKTGH = product("BKTGS,BSKH->BKTGH", weights, v_BSKH, jnp.float32) * inverse
+    y_BTKGH = checkpoint_name(jnp.moveaxis(y_BKTGH, 2, 1).astype(q_BTKGH.dtype), "attended")
+    return y_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, weights, inverse, y_BTKGH)
+
+
+def _backward(residuals, g_BTKGH):
+    """d weight = weight (g v - g y), as in FlashAttention (arXiv 2205.14135, appendix B.2)."""
+    q_BTKGH, k_BSKH, v_BSKH, weights, inverse, y_BTKGH = residuals
+    dtype = q_BTKGH.dtype
+    g32 = g_BTKGH.astype(jnp.float32)
+    shift = jnp.sum(g32 * y_BTKGH.astype(jnp.float32), axis=-1, keepdims=True)
+    gv = product("BTKGH,BSKH->BKTGS", g_BTKGH, v_BSKH, jnp.float32)
+    scale = q_BTKGH.shape[-1] ** -0.5
+    g_scores = weights * ((gv - jnp.moveaxis(shift, 1, 2)) * (inverse * scale))
+    g_scores = g_scores.astype(dtype)
+    g_y = (g32 * jnp.moveaxis(inverse, 2, 1)).astype(dtype)
+    q_gradient = product("BKTGS,BSKH->BKTGH", g_scores, k_BSKH)
+    k_gradient = product("BTKGH,BKTGS->BKHS", q_BTKGH, g_scores)
+    v_gradient = product("BTKGH,BKTGS->BKHS", g_y, weights)
+    return (
+        jnp.moveaxis(q_gradient, 2, 1),
+        jnp.moveaxis(k_gradient, 3, 1),
+        jnp.moveaxis(v_gradient, 3, 1),
+        None,
+    )
+
+
+_attend.defvjp(_forward, _backward)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llama_jax.model.ops.product import product
+
 
 def cross_entropy(
     hidden_BTD: jax.Array,
@@ -84,10 +86,8 @@ def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, chunks, z_loss):
         scaled_BTV = softmax_BTV * (1 + 2 * z_loss * log_z_BT)[..., None]
         hit_BTV = _is_target(logits_BTV, targets_BT)
         gradient_BTV = ((scaled_BTV - hit_BTV) * weights_BT[..., None]).astype(dtype)
-        hidden_gradient_BTD = jnp.einsum("btv,dv->btd", gradient_BTV, head)
-        head_gradient_DV += jnp.einsum(
-            "btd,btv->dv", hidden_BTD, gradient_BTV, preferred_element_type=jnp.float32
-        )
+        hidden_gradient_BTD = product("BTV,DV->BTD", gradient_BTV, head)
+        head_gradient_DV += product("BTD,BTV->DV", hidden_BTD, gradient_BTV, jnp.float32)
         return (sums, head_gradient_DV), (hidden_gradient_BTD, losses_BT)
 
     carry = _zero(), jnp.zeros(head_DV.shape, jnp.float32)
@@ -113,7 +113,7 @@ _summed.defvjp(_forward, _backward)
 
 
 def _logits(hidden_BTD, head_DV):
-    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    return product("BTD,DV->BTV", hidden_BTD, head_DV, jnp.float32)
 
 
 def _is_target(logits_BTV, targets_BT):

@@ -116,7 +116,7 @@ def _dynamic(config: ModelConfig, lengths_BT: jax.Array) -> jax.Array:
 
 def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
     """Turns each pair of each head by its angle, in fp32; the result has the type of x."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
+    cos, sin = cos_BTH[:, :, None, None, :], sin_BTH[:, :, None, :]
+    turned = pairs * cos + pairs[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
+    return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
