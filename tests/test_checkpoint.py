@@ -124,8 +124,15 @@ def test_steps_are_in_numeric_order(run):
     assert steps(folder) == [9, 10, 100]
 
 
-@pytest.mark.parametrize("wrong", ["shape", "missing", "more"])
-def test_other_parameters_than_saved_are_refused(run, wrong):
+@pytest.mark.parametrize(
+    ("wrong", "difference"),
+    [
+        ("shape", r"embed is \(48, 16\) in the checkpoint and \(48, 17\) here"),
+        ("missing", r"layers/gate is \(.*\) in the checkpoint and missing here"),
+        ("more", r"head is missing in the checkpoint and \(48, 16\) here"),
+    ],
+)
+def test_other_parameters_than_saved_are_refused(run, wrong, difference):
     write(run, 1)
     wanted = targets()["params"]
     some = wanted["embed"]
@@ -135,7 +142,9 @@ def test_other_parameters_than_saved_are_refused(run, wrong):
         del wanted["layers"]
     else:
         wanted["head"] = some
-    with pytest.raises(CheckpointError, match="does not hold params of the shape asked for"):
+    with pytest.raises(
+        CheckpointError, match=f"params are not of the shape asked for: {difference}"
+    ):
         load_parameters(run, wanted)
 
 

@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import jax
 import yaml
 from orbax.checkpoint import v1 as ocp
 
@@ -187,13 +188,37 @@ def load(checkpoint: Checkpoint, targets: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: the trees or shapes differ from those saved.
     """
-    try:
-        return ocp.load_checkpointables((checkpoint.folder / STATE).absolute(), dict(targets))
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise CheckpointError(
-            f"{checkpoint.folder}: does not hold {', '.join(targets)} of the shape asked for: "
-            f"{error}"
-        ) from error
+    folder = (checkpoint.folder / STATE).absolute()
+    saved = ocp.checkpointables_metadata(folder).metadata
+    for name, tree in targets.items():
+        if name not in saved:
+            raise CheckpointError(f"{checkpoint.folder}: holds no {name}, only {', '.join(saved)}.")
+        if difference := _difference(_shapes(saved[name]), _shapes(tree)):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} are not of the shape asked for: {difference}. Load "
+                "them with the model they were trained with."
+            )
+    return ocp.load_checkpointables(folder, dict(targets))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of each array of a tree, also of Orbax's description of one."""
+    leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+    return {"/".join(map(_key, path)): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _key(key: Any) -> str:
+    """One step of a path; Orbax describes a named tuple by a dict of its fields."""
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+
+def _difference(saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> str:
+    """The first array in which two trees differ, or nothing."""
+    for path in sorted(saved | wanted):
+        if saved.get(path) != wanted.get(path):
+            there, here = (str(x.get(path, "missing")) for x in (saved, wanted))
+            return f"{path} is {there} in the checkpoint and {here} here"
+    return ""
 
 
 def load_parameters(path: str | Path, targets: Any) -> Any:

@@ -39,13 +39,14 @@ def adamw(config: OptimizerConfig, steps: int, axes: Any) -> Optimizer:
 
     Its metric is `learning_rate`.
     """
-    clip = optax.clip_by_global_norm(config.clip_norm)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     decays = decayed(axes)
 
     def update(gradients: Any, state: Any, params: Any, step: jax.Array) -> tuple[Any, Any, dict]:
         rate = learning_rate(config, steps, step)
-        clipped, _ = clip.update(gradients, clip.init(params))
+        # A product, not optax's quotient: XLA would keep the quotients as a second tree of gradients.
+        factor = jnp.minimum(1.0, config.clip_norm / optax.tree.norm(gradients))
+        clipped = jax.tree.map(lambda gradient: gradient * factor, gradients)
         directions, state = adam.update(clipped, state)
 
         def move(param: jax.Array, direction: jax.Array, decay: bool) -> jax.Array:

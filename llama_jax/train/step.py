@@ -100,7 +100,8 @@ def make_step(
 
         (total, sums), gradients = _summed(compute, batch, accumulate)
         weight = sums["weight"]
-        gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
+        share = 1 / weight  # a product is fused into its uses, a quotient is a second tree
+        gradients = jax.tree.map(lambda gradient: gradient * share, gradients)
         params, optimizer_state, report = optimizer.update(
             gradients, state.optimizer, state.params, state.step
         )
