@@ -44,7 +44,7 @@ def adamw(config: OptimizerConfig, steps: int, axes: Any) -> Optimizer:
 
     def update(gradients: Any, state: Any, params: Any, step: jax.Array) -> tuple[Any, Any, dict]:
         rate = learning_rate(config, steps, step)
-        # A product, not optax's quotient: XLA would keep the quotients as a second tree of gradients.
+        # A product, not optax's quotient: XLA would keep quotients as a second tree of gradients.
         factor = jnp.minimum(1.0, config.clip_norm / optax.tree.norm(gradients))
         clipped = jax.tree.map(lambda gradient: gradient * factor, gradients)
         directions, state = adam.update(clipped, state)
