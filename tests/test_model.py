@@ -19,6 +19,7 @@ from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama, stack, unstack
 from llama_jax.model.ops.attend import Visibility, attend
 from llama_jax.model.ops.norm import rms_norm
+from llama_jax.model.ops.swiglu import swiglu
 from sharding.rules import PRESETS
 
 CONFIG = ModelConfig(
@@ -276,6 +277,17 @@ def test_attention_in_blocks_of_queries_is_attention(length):
 
     got, expected = (jax.value_and_grad(f, argnums=(0, 1, 2))(q, k, v) for f in (ours, theirs))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), got, expected)
+
+
+def test_swiglu_and_its_gradient_are_those_of_the_formula():
+    numbers = np.random.default_rng(5).normal(size=(3, 4, F)) * 3
+    gate, up, direction = jnp.asarray(numbers, jnp.float32)
+    formula = lambda gate, up: jax.nn.silu(gate) * up  # noqa: E731
+    for f in (lambda f: f(gate, up), lambda f: jax.vjp(f, gate, up)[1](direction)):
+        jax.tree.map(assert_close, f(swiglu), f(formula))
+    rounded = swiglu(jnp.bfloat16(gate), jnp.bfloat16(up))
+    expected = formula(jnp.bfloat16(gate).astype(jnp.float32), jnp.bfloat16(up).astype(jnp.float32))
+    np.testing.assert_array_equal(rounded, expected.astype(jnp.bfloat16))
 
 
 def test_rms_norm_is_its_formula():

@@ -6,6 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelConfig
 from llama_jax.model.ops.product import product
+from llama_jax.model.ops.swiglu import swiglu
 from llama_jax.model.param import fan_in_normal, param
 from sharding.constrain import constrain
 from sharding.rules import Rules
@@ -29,4 +30,4 @@ class FeedForward(nn.Module):
         up = product("BTD,DF->BTF", x_BTD, w_up)
         gate = checkpoint_name(constrain(gate, ("batch", "seq", "act_mlp"), self.rules), "gate")
         up = checkpoint_name(constrain(up, ("batch", "seq", "act_mlp"), self.rules), "up")
-        return product("BTF,FD->BTD", jax.nn.silu(gate) * up, w_down)
+        return product("BTF,FD->BTD", swiglu(gate, up), w_down)
