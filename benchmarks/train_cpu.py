@@ -37,7 +37,10 @@ def tokens_of(size, vocab, step):
 
 
 def our_step(size, precision, weights):
-    """step(tokens) -> loss, with the program that the training loop compiles on a CPU."""
+    """step(tokens) -> loss, with the program and the process of `train` on a CPU."""
+    from llama_jax import process
+
+    process.keep_freed_memory()  # before jax starts its threads
     import jax
 
     from llama_jax.config import ComputeConfig, OptimizerConfig, load_model

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_jax import config as schema
-from llama_jax import flags
+from llama_jax import flags, process
 from llama_jax.config import ConfigError, Schema
 
 DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
@@ -22,11 +22,15 @@ DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
 
 @dataclass(frozen=True)
 class Command:
-    """What a command reads and what it calls: function(config) -> exit code."""
+    """What a command reads and what it calls: function(config) -> exit code.
+
+    trains: it asks for the same memory at every step.
+    """
 
     schema: type[Schema]
     function: str
     summary: str
+    trains: bool = False
 
 
 COMMANDS = {
@@ -34,11 +38,13 @@ COMMANDS = {
         schema.DemoConfig,
         "llama_jax.demo:demo",
         "Train a small Llama on Python's own library and let it write (minutes, two cores).",
+        trains=True,
     ),
     "train": Command(
         schema.TrainConfig,
         "llama_jax.train.loop:train",
         "Pretrain, or continue a run that was stopped: the same command does both.",
+        trains=True,
     ),
     "generate": Command(
         schema.GenerateConfig,
@@ -88,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE if not args or args[0] in ("-h", "--help") else BAD_USAGE
         command = COMMANDS[name]
         config = _parse(name, command, rest)
+        if command.trains:
+            process.keep_freed_memory()
         module, function = command.function.split(":")
         return getattr(importlib.import_module(module), function)(config)
     except SystemExit as stop:  # help has been printed
