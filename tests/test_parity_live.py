@@ -108,7 +108,9 @@ def test_committed_goldens_equal_a_fresh_run(case, make, tmp_path):
     committed = np.load(GOLDEN / case / "golden.npz")
     assert set(committed) == set(fresh)
     for name, array in fresh.items():
-        np.testing.assert_allclose(committed[name], array, rtol=1e-6, atol=1e-6, err_msg=name)
+        # Another kind of CPU sums in another order: 2.4e-6 was seen between two. The weights above
+        # are equal to the bit, and a tenth of the bound that the goldens serve is asked for here.
+        np.testing.assert_allclose(committed[name], array, rtol=0, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("case", LARGER)

@@ -21,6 +21,7 @@ from llama_jax.model.cache import KVCache, LayerCache
 from llama_jax.model.feed_forward import FeedForward
 from llama_jax.model.ops.attend import Visibility
 from llama_jax.model.ops.norm import rms_norm
+from llama_jax.model.ops.product import product
 from llama_jax.model.ops.rope import rotations
 from llama_jax.model.param import box, fan_in_normal, param, split, stack_boxes
 from sharding.constrain import constrain
@@ -203,11 +204,9 @@ class Llama:
             case "none":
                 return x
             case "scalar":
-                weight = params["scalar_head"].astype(x.dtype)
-                return jnp.einsum("BTD,D->BT", x, weight, preferred_element_type=jnp.float32)
+                return product("BTD,D->BT", x, params["scalar_head"], jnp.float32)
             case "lm":
-                weight = self.output_weight(params).astype(x.dtype)
-                logits = jnp.einsum("BTD,DV->BTV", x, weight, preferred_element_type=jnp.float32)
+                logits = product("BTD,DV->BTV", x, self.output_weight(params), jnp.float32)
                 return constrain(logits, ("batch", "seq", "act_vocab"), self.rules)
 
     def output_weight(self, params: Params) -> jax.Array:

@@ -41,7 +41,7 @@ def attend(
 
     Scores and softmax are fp32. Every query must see at least one key (its own), which holds for
     padding too. Where the keys are the queries' own tokens, blocks of queries are computed against
-    the keys up to their end: half the work and memory of the square of scores is not done.
+    the keys up to their end, which leaves out most of the scores that causality hides.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]

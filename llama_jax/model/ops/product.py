@@ -23,20 +23,20 @@ def product(subscripts: str, a: jax.Array, b: jax.Array, dtype: Any = None) -> j
     """
     dtype = dtype or a.dtype
 
-    def product_for_tensor_cores(a: jax.Array, b: jax.Array) -> jax.Array:
+    def rounded_within(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, a, b, preferred_element_type=dtype)
 
-    def product_for_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
+    def rounded_after(a: jax.Array, b: jax.Array) -> jax.Array:
         wide = jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
         return lax.optimization_barrier(wide).astype(dtype)
 
     b = b.astype(a.dtype)
     if a.dtype == jnp.float32:
-        return product_for_tensor_cores(a, b)
+        return rounded_within(a, b)
     # XLA's CPU backend is fast at bf16 products with fp32 results only, and fails at those that a
     # transposition follows (hence the barrier). Elsewhere, a result that is bf16 at once halves
     # what tensor parallelism sends.
-    return lax.platform_dependent(a, b, cpu=product_for_cpu, default=product_for_tensor_cores)
+    return lax.platform_dependent(a, b, cpu=rounded_after, default=rounded_within)
 
 
 def _forward(subscripts, a, b, dtype):
