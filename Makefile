@@ -22,7 +22,6 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@! grep -nE '://|index-url' requirements/*.lock
 
 bench: .venv/.references
 	$(BIN)/python benchmarks/train_cpu.py

@@ -349,6 +349,17 @@ def test_what_a_function_imports_is_declared_too(module):
     assert not missing, f"{module}: neither a dependency nor an extra of pyproject.toml"
 
 
+def test_the_lock_pins_by_hash_alone():
+    """Where packages come from is the user's choice: the lock names no address."""
+    lines = (REPOSITORY / "requirements" / "dev.lock").read_text(encoding="utf-8").splitlines()
+    packages = [line for line in lines if re.match(r"[a-z0-9]", line)]
+    hashes = [line for line in lines if re.match(r"    --hash=sha256:[0-9a-f]{64}( \\)?$", line)]
+    assert len(packages) > 50
+    assert len(packages) + len(hashes) == len(lines), "a line that is neither package nor hash"
+    for line in packages:
+        assert re.fullmatch(r"[\w.-]+==[\w.+-]+( ; [^/]+)? \\", line), line
+
+
 # --- files -----------------------------------------------------------------------------------
 
 
