@@ -47,6 +47,8 @@ class Tokenizer:
     not LLaMA's): ids are then SentencePiece's own, and decoding gives the rewritten text.
     """
 
+    file_name = NAME
+
     def __init__(self, model: bytes, path: str):
         """Reads the bytes of a tokenizer.model; `path` names it in errors (TokenizerError)."""
         self.path = path
