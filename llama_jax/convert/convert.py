@@ -42,7 +42,7 @@ def convert(settings: ConvertConfig) -> int:
         *(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()),
     )
     try:
-        with Progress(*columns) as progress:
+        with Progress(*columns, transient=True) as progress:
             task = progress.add_task(
                 f"{source.format} to {settings.to}",
                 total=source.parameters * width,

@@ -238,10 +238,10 @@ def _scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
     if scaling.type == "llama3":
         return {OURS + name: value for name, value in given.items()}
     keys = SCALING_KEYS.get(scaling.type, {})
-    if unsaid := sorted(given.keys() - keys.keys()):
+    if unsaid := given.keys() - keys.keys():
         raise ConfigError(
-            f"GGUF has no word for {unsaid[0]} of rope scaling '{scaling.type}'; choose another "
-            "format."
+            f"GGUF cannot say rope scaling '{scaling.type}' with {', '.join(sorted(unsaid))}; "
+            "choose another format."
         )
     named = {f"llama.{SCALING}{keys[name]}": value for name, value in given.items()}
     return {f"llama.{SCALING}type": scaling.type, **named}

@@ -252,7 +252,8 @@ class _Machine:
         self._stack = []
 
     def make_tuple(self, _: Any) -> None:
-        self._stack.append(tuple(self._since_mark()))
+        values = self._since_mark()
+        self._stack.append(tuple(values))
 
     def dictionary(self, _: Any) -> None:
         self._stack.append({})
