@@ -308,8 +308,8 @@ def _feed_forward_values(config: ModelConfig) -> dict[str, Any]:
 
 def _parts(row: names.Tensor, config: ModelConfig, count: int) -> list[tuple[slice, ...]]:
     """The part of a tensor that each file holds. Raises ConfigError where it does not divide."""
-    # The embedding's axis tells Meta's generations apart, as the base of their rotations does.
-    older = row is names.EMBED and config.rope_theta == OLDER_THETA
+    # Llama 1 and 2 split the embedding along its width; none of them is tied.
+    older = row is names.EMBED and config.rope_theta == OLDER_THETA and not config.tie_embeddings
     axis = _split_axis(row.meta.axes, "D" if older else "NKFV")
     if axis is None:
         return [()] * count

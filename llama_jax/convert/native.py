@@ -59,7 +59,7 @@ def open_folder(folder: Path) -> Source:
     @functools.lru_cache(maxsize=1)  # layers are asked for in order, and lie in one array
     def whole(path: str) -> np.ndarray:
         target = jax.ShapeDtypeStruct(saved[path].shape, saved[path].dtype, sharding=cpu)
-        return np.asarray(checkpoint.load_array(found, TREE, path, target))
+        return np.asarray(checkpoint.load_array(found, TREE, saved, path, target))
 
     def tensor(row: names.Tensor, layer: int) -> np.ndarray:
         array = whole("/".join(row.path))
@@ -86,7 +86,9 @@ def open_folder(folder: Path) -> Source:
         context_length=length,
         dtype=narrowest(stored.values()),
         tensor=tensor,
-        stacked=lambda row, target: checkpoint.load_array(found, TREE, "/".join(row.path), target),
+        stacked=lambda row, target: checkpoint.load_array(
+            found, TREE, saved, "/".join(row.path), target
+        ),
     )
 
 

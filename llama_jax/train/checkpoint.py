@@ -256,11 +256,18 @@ def shapes(checkpoint: Checkpoint, tree: str) -> dict[str, jax.ShapeDtypeStruct]
 
 
 def load_array(
-    checkpoint: Checkpoint, tree: str, path: str, target: jax.ShapeDtypeStruct
+    checkpoint: Checkpoint,
+    tree: str,
+    saved: Iterable[str],
+    path: str,
+    target: jax.ShapeDtypeStruct,
 ) -> jax.Array:
-    """One array of a tree, by its path, straight to where and as what the target says."""
+    """One array of a tree, by its path, straight to where and as what the target says.
+
+    `saved` are the paths of all arrays of the tree, as `shapes` gives them.
+    """
     wanted: dict[str, Any] = {}
-    for name in shapes(checkpoint, tree):
+    for name in saved:
         branch, *inner, leaf = wanted, *name.split("/")
         for key in inner:
             branch = branch.setdefault(key, {})
