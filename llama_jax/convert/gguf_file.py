@@ -158,11 +158,27 @@ class _File:
         if kind == STRING:
             self._texts += count
             self._check_count(self._texts, 0, "texts", MOST_TEXTS)
-            return [self._string(key) for _ in range(count)]
+            return self._strings(count, key)
         if kind not in SCALARS:
             raise ConfigError(f"{key:.80} is an array of type {kind}, which is not read.")
         dtype = np.dtype(f"<{SCALARS[kind]}")
         return np.frombuffer(self._take(count * dtype.itemsize, key), dtype)
+
+    def _strings(self, count: int, key: str) -> list[str]:
+        """Texts one behind the other: `_string` in one loop, for there are many."""
+        head, at, end, values = self._head, self._at, len(self._head), []
+        length_at = struct.Struct("<Q").unpack_from
+        try:
+            for _ in range(count):
+                start = at + 8
+                at = start + (length_at(head, at)[0] if start <= end else 0)
+                if at > end:
+                    raise ConfigError(f"a text of {key:.80} ends beyond the file.")
+                values.append(str(head[start:at], "utf-8"))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"a text of {key:.80} is not UTF-8 ({error.reason}).") from error
+        self._at = at
+        return values
 
     def _info(self) -> tuple[str, tuple[int, ...], Kind, int]:
         """Name, shape, type and offset of one tensor."""

@@ -286,14 +286,12 @@ def _load(source: Source, row: names.Tensor, dtype: np.dtype, sharding: Any) -> 
 def _slice(
     source: Source, row: names.Tensor, dtype: np.dtype, index: tuple[slice, ...]
 ) -> np.ndarray:
-    """A slice of one array of our tree, all layers of it stacked."""
-    name = "/".join(row.path)
-    if not row.is_layered:
-        return np.ascontiguousarray(cast(source.tensor(row, 0)[index], dtype, name))
-    chosen = range(source.config.n_layers)[index[0]]
-    shape = names.shape(row.axes, source.config)
-    widths = [len(range(size)[part]) for size, part in zip(shape, index[1:], strict=True)]
-    result = np.empty((len(chosen), *widths), dtype)
-    for place, layer in enumerate(chosen):
-        result[place] = cast(source.tensor(row, layer)[index[1:]], dtype, name)
+    """A slice of one array of our tree, layers stacked; a copy, which no longer needs the file."""
+    shape = names.our_shape(row, source.config)
+    result = np.empty([len(range(n)[part]) for n, part in zip(shape, index, strict=True)], dtype)
+    layers = range(source.config.n_layers)[index[0]] if row.is_layered else range(1)
+    parts = result if row.is_layered else result[None]
+    inner = index[1:] if row.is_layered else index
+    for part, layer in zip(parts, layers, strict=True):
+        part[...] = cast(source.tensor(row, layer)[inner], dtype, "/".join(row.path))
     return result
