@@ -301,7 +301,7 @@ def test_shards_that_do_not_divide_are_refused(shards, said, tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["no_model", "x", "--to", "gguf"], "no_model: no such file or folder"),
+        (["no_model", "x", "--to", "gguf"], "no_model: no such folder or file"),
         (["first", "first", "--to", "gguf"], "source and destination are one"),
         (["first", "other", "--to", "gguf"], "other exists already"),
         (["first", "link", "--to", "gguf"], "link exists already"),

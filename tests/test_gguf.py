@@ -229,6 +229,10 @@ CRAFTED = {
         file([field("general.architecture", STRING, text("mamba"))]),
         "general.architecture is 'mamba'",
     ),
+    "one of several": (
+        file([field("split.count", 2, struct.pack("<H", 3))]),
+        "one of several files; join them",
+    ),
     "no architecture": (file(), "general.architecture is 'missing'"),
 }
 

@@ -50,14 +50,14 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
     path = Path(path)
     if not path.exists():
         raise ConfigError(
-            f"{path}: no such file or folder; give a run, a checkpoint, a Hugging Face or Meta "
+            f"{path}: no such folder or file; give a run, a checkpoint, a Hugging Face or Meta "
             "folder, or a .gguf file."
         )
     way = next(way for way in FORMATS.values() if way.recognises(path))
     source = way.open(path)
     if tokenizer is not None:
         other = load_tokenizer(tokenizer)
-        source = replace(source, tokenizer=other, end_ids=other.eos_ids)
+        source = replace(source, tokenizer=other, end_ids=source.end_ids or other.eos_ids)
     _check_vocabulary(source)
     return source
 

@@ -69,6 +69,10 @@ def open_file(path: Path) -> Source:
         TokenizerError: its tokenizer is damaged.
     """
     fields, stored = gguf_file.read(path)
+    if fields.get("split.count", 1) != 1:
+        raise ConfigError(
+            f"{path}: one of several files; join them first (llama-gguf-split --merge)."
+        )
     divisors = stored.pop(ROPE_DIVISORS, None)
     config = _config(fields, stored, divisors, str(path))
     expected = (
@@ -166,6 +170,8 @@ def _llama3(
     stored = divisors.read()
     given = {"factor": float(str(stored.max())), **LLAMA3}
     given = {name: fields.get(OURS + name, value) for name, value in given.items()}
+    if not all(type(value) in (int, float) for value in given.values()):
+        raise ConfigError(f"{origin}: the keys {OURS}* must be numbers.")
     scaling = parse(RopeScaling, {"type": "llama3", **given}, origin)
     if not np.allclose(stored, rope_divisors(config, scaling), rtol=1e-5, atol=0):
         raise ConfigError(
