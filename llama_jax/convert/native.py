@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import yaml
 
-from llama_jax.config import ConfigError, ModelConfig, Schema, TrainConfig, parse, read_yaml
+from llama_jax.config import ConfigError, ModelConfig, Schema, parse, read_yaml
 from llama_jax.convert import names
 from llama_jax.convert.settings import ConvertConfig
 from llama_jax.convert.source import (
@@ -38,6 +38,13 @@ class Converted(Schema):
     """Ids that end a text."""
     context_length: int | None = None
     """Positions it was trained for."""
+
+
+class RunData(Schema, extra="ignore"):
+    """Section `data` of a run's config.yaml."""
+
+    sequence_length: int | None
+    """Tokens of a row."""
 
 
 def open_folder(folder: Path) -> Source:
@@ -72,9 +79,9 @@ def open_folder(folder: Path) -> Source:
     expected = (("/".join(r.path), names.our_shape(r, config)) for r in names.tensors(config))
     check_tensors(stored, expected, DTYPES, origin)
     tokenizer = find_tokenizer(found.folder)
-    length: int | None
     if "data" in values:
-        ends, length = None, parse(TrainConfig, values, origin).data.sequence_length
+        # Of a run, maybe of another version: only what is needed is looked at.
+        ends, length = None, parse(RunData, values["data"], origin).sequence_length
     else:
         converted = parse(Converted, values, origin)
         ends, length = converted.end_ids, converted.context_length
