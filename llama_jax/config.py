@@ -407,8 +407,11 @@ class TrainConfig(Schema):
         return self
 
 
+ALTERNATIVES = 5  # most likeliest tokens whose log-probabilities can be asked for
+
+
 class SamplingConfig(Schema):
-    """How the next token is chosen."""
+    """How the next token is chosen. In a prompts file, every line may have settings of its own."""
 
     max_new_tokens: int = Field(default=128, gt=0)
     """Most tokens to add to a prompt."""
@@ -420,10 +423,32 @@ class SamplingConfig(Schema):
     """Keep the likeliest tokens up to and including the one that reaches this probability."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Keep tokens at least this likely, relative to the likeliest."""
-    seed: int = Field(default=0, ge=0)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Above 1, makes tokens of prompt and answer less likely to come again (CTRL)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer holds."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens once for each time that the answer holds them."""
+    no_repeat_ngram: int = Field(default=0, ge=0)
+    """No sequence of this many tokens comes twice; 0 allows all."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Decides the draws: same seed, same text."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer (and are cut from it)."""
+    n: int = Field(default=1, ge=1)
+    """Answers to each prompt."""
+    num_beams: int = Field(default=1, ge=1, le=64)
+    """Above 1: beam search with this many beams, which draws nothing; n of them are given."""
+    logprobs: int | None = Field(default=None, ge=0, le=ALTERNATIVES)
+    """Report the log-probability of each token, and of this many of the likeliest beside it."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if "" in self.stop:
+            raise ValueError("a stop string is empty: remove it, or give it characters")
+        if self.num_beams > 1 and self.n > self.num_beams:
+            raise ValueError(f"n ({self.n}) must be at most num_beams ({self.num_beams})")
+        return self
 
 
 class GenerateConfig(Schema):
