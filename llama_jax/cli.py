@@ -58,7 +58,7 @@ COMMANDS = {
     ),
     "tokenizer inspect": Command(
         schema.TokenizerInspectConfig,
-        "llama_jax.tokenizer.sentencepiece:inspect_tokenizer",
+        "llama_jax.tokenizer.files:inspect_tokenizer",
         "Show a tokenizer, and how it cuts a text.",
     ),
     "data prepare": Command(

@@ -6,7 +6,7 @@ import random
 import numpy as np
 
 from llama_jax.data.shards import META, Meta, PartWriter, to_json, token_type, write_atomic
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import SentencePiece
 from llama_jax.tokenizer.train import train
 
 WORDS = (
@@ -42,7 +42,7 @@ def tiny_model():
 
 @functools.cache
 def tiny_tokenizer():
-    return Tokenizer(tiny_model(), "tiny")
+    return SentencePiece(tiny_model(), "tiny")
 
 
 def write_corpus(folder, shards, vocab_size=1000, fingerprint="f" * 64, validation=()):

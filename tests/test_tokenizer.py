@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llama_jax import tokenizer as tokenizers
 from llama_jax.config import TokenizerInspectConfig, TokenizerTrainConfig
 from llama_jax.tokenizer import StreamDecoder, TokenizerError
-from llama_jax.tokenizer.sentencepiece import inspect_tokenizer
+from llama_jax.tokenizer.files import inspect_tokenizer
 from llama_jax.tokenizer.train import train, train_tokenizer
 
 SPACE_SIGN = "\u2581"
@@ -155,7 +155,7 @@ def other_model(**settings):
         sentence_iterator=iter(lines), model_writer=file, **common
     )
     library = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
-    return tokenizers.Tokenizer(file.getvalue(), "other"), library
+    return tokenizers.SentencePiece(file.getvalue(), "other"), library
 
 
 ACROSS = f"s{SPACE_SIGN}and"  # a piece from one word into the next
@@ -254,7 +254,7 @@ def test_training_repeats():
 
 
 def test_long_lines_and_words_count_in_training():
-    tokenizer = tokenizers.Tokenizer(train(["x" * 200_000, "yz " * 50_000], 279), "")
+    tokenizer = tokenizers.SentencePiece(train(["x" * 200_000, "yz " * 50_000], 279), "")
     assert {b"xx", b"yz"} <= {tokenizer.spelling(i) for i in range(259, 279)}
 
 
