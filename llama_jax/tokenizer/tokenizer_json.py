@@ -135,7 +135,7 @@ def read(content: bytes, path: str) -> Bpe:
     words = _words(file, path) if byte_level else None
     bpe = Bpe(
         pieces=_pieces(file, path),
-        merges=_merges(file.model.merges, path),
+        merges=pairs(file.model.merges, path),
         controls={token.content: token.id for token in file.added_tokens if token.special},
         added={token.content: token.id for token in file.added_tokens if not token.special},
         words=words,
@@ -207,16 +207,16 @@ def _pieces(file: _File, path: str) -> list[str]:
     return pieces
 
 
-def _merges(merges: Iterable[str | tuple[str, str]], path: str) -> list[tuple[str, str]]:
+def pairs(merges: Iterable[str | tuple[str, str]], path: str) -> list[tuple[str, str]]:
     """Pairs; older files write them with a space between, which is then in neither."""
-    pairs = []
+    found = []
     for number, merge in enumerate(merges):
         match merge.split(" ") if isinstance(merge, str) else merge:
             case (str(left), str(right)) if left and right:
-                pairs.append((left, right))
+                found.append((left, right))
             case _:
                 raise TokenizerError(f"{path}: merge {number} is no pair: {merge!r:.80}")
-    return pairs
+    return found
 
 
 def check(bpe: Bpe, path: str) -> None:
@@ -244,8 +244,8 @@ def check(bpe: Bpe, path: str) -> None:
             raise TokenizerError(f"{path}: the piece {strange[:40]!r} is not spelt in bytes")
 
 
-def write(bpe: Bpe) -> bytes:
-    """The bytes of a tokenizer.json that says the same."""
+def write(bpe: Bpe, bos: str | None = None) -> bytes:
+    """The bytes of a tokenizer.json that says the same; its users will put `bos` before a text."""
     added = {token: id for names in (bpe.controls, bpe.added) for token, id in names.items()}
     # What stands at the end and is no piece of its own is not of the vocabulary.
     size = len(bpe.pieces)
@@ -287,7 +287,7 @@ def write(bpe: Bpe) -> bytes:
         ],
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
+        "post_processor": _before_texts(bos, bpe.controls[bos]) if bos else None,
         "decoder": decoder,
         "model": {
             "type": "BPE",
@@ -303,3 +303,15 @@ def write(bpe: Bpe) -> bytes:
         },
     }
     return json.dumps(file, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _before_texts(token: str, id: int) -> dict[str, Any]:
+    """The step that puts a control token before each text."""
+    special = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, special, second],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
+    }
