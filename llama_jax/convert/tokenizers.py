@@ -160,12 +160,13 @@ def _fields_of_scores(tokenizer: SentencePiece) -> dict[str, Any]:
     proto = sentencepiece_file.parse(tokenizer.model, tokenizer.path)
     if proto.trainer_spec.model_type != schema.TrainerSpec.BPE or not tokenizer.lossless:
         raise TokenizerError(f"{tokenizer.path}: only BPE without normalisation can be converted")
+    unknown = [id for id, piece in enumerate(proto.pieces) if piece.type == PIECE.UNKNOWN]
     return {
         "model": "llama",
         "tokens": [piece.piece for piece in proto.pieces],
         "scores": [piece.score for piece in proto.pieces],
         "token_type": [piece.type for piece in proto.pieces],
-        "unknown_token_id": next(i for i, p in enumerate(proto.pieces) if p.type == PIECE.UNKNOWN),
+        **({"unknown_token_id": unknown[0]} if unknown else {}),
         "add_space_prefix": proto.normalizer_spec.add_dummy_prefix,
     }
 
@@ -229,7 +230,8 @@ def from_gguf_fields(fields: Mapping[str, Any], path: str) -> Tokenizer:
 def _sentencepiece_model(fields: Mapping[str, Any], path: str) -> bytes:
     tokens, types = _tokens(fields, path)
     scores = _list(fields, "scores", path, float)[: len(tokens)]
-    if len(scores) < len(tokens) or not np.isfinite(np.array(scores, np.float32)).all():
+    largest = np.finfo(np.float32).max
+    if len(scores) < len(tokens) or not all(abs(score) <= largest for score in scores):
         raise TokenizerError(f"{path}: {_GGML}scores must be a finite number for each token")
     proto = schema.ModelProto()
     for token, score, kind in zip(tokens, scores, types, strict=True):

@@ -78,7 +78,7 @@ class Tiktoken(Tokenizer):
 
     def _cut(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in _parts(text):
+        for part in parts(text):
             ids += self._library.encode_ordinary(part)
         return ids
 
@@ -116,7 +116,7 @@ def read(model: bytes, path: str) -> list[bytes]:
     return tokens
 
 
-def _parts(text: str) -> Iterator[str]:
+def parts(text: str) -> Iterator[str]:
     """The parts of a text that the library gets, one call each."""
     for start in range(0, len(text), _MAX_CALL):
         yield from _PART.findall(text[start : start + _MAX_CALL])
