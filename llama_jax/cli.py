@@ -51,6 +51,11 @@ COMMANDS = {
         "llama_jax.api:generate_command",
         "Continue prompts with a checkpoint or a Hugging Face folder.",
     ),
+    "chat": Command(
+        schema.ChatConfig,
+        "llama_jax.chat:chat",
+        "Talk with a chat model in the terminal.",
+    ),
     "tokenizer train": Command(
         schema.TokenizerTrainConfig,
         "llama_jax.tokenizer.train:train_tokenizer",

@@ -230,7 +230,7 @@ def from_gguf_fields(fields: Mapping[str, Any], path: str) -> Tokenizer:
 def _sentencepiece_model(fields: Mapping[str, Any], path: str) -> bytes:
     tokens, types = _tokens(fields, path)
     scores = _list(fields, "scores", path, float)[: len(tokens)]
-    largest = np.finfo(np.float32).max
+    largest = float(np.finfo(np.float32).max)
     if len(scores) < len(tokens) or not all(abs(score) <= largest for score in scores):
         raise TokenizerError(f"{path}: {_GGML}scores must be a finite number for each token")
     proto = schema.ModelProto()
