@@ -23,7 +23,7 @@ SPACE = "\u2581"
 _WORD = re.compile(f"[{SPACE}\n]| *[^ {SPACE}\n]+| +")
 _ALL = re.compile(f"{SPACE}|[^{SPACE}]+")
 _MAX_REMEMBERED = 64  # characters; a longer unit is hardly met twice
-MAX_PIECES = 2**20  # LLaMA's has 32,000; each takes far more memory than its bytes in the file
+MAX_PIECES = 2**20  # LLaMA has 32,000
 PIECE = schema.ModelProto.SentencePiece
 _DAMAGED = "not a SentencePiece model, or damaged"
 
@@ -92,12 +92,13 @@ class SentencePiece(Tokenizer):
 
 def parse(model: bytes, path: str) -> schema.ModelProto:
     """The file as a message, as far as it is one; raises TokenizerError."""
+    # In the file a piece begins with two bytes of this value; in memory it takes far more.
+    if model.count(b"\x0a") > 2 * MAX_PIECES:
+        raise TokenizerError(f"{path}: more than {MAX_PIECES:,} pieces, too many for a tokenizer")
     try:
         proto = schema.ModelProto.FromString(model)
     except DecodeError as error:
         raise TokenizerError(f"{path}: {_DAMAGED}") from error
-    if len(proto.pieces) > MAX_PIECES:
-        raise TokenizerError(f"{path}: {len(proto.pieces):,} pieces are too many for a tokenizer")
     # A file cut between two fields still parses; pieces that are not UTF-8 come as bytes.
     whole = proto.HasField("normalizer_spec")
     if not whole or not all(isinstance(piece.piece, str) for piece in proto.pieces):

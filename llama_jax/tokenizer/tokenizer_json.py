@@ -20,6 +20,7 @@ from llama_jax.tokenizer.tiktoken import SPLIT
 
 NAME = "tokenizer.json"
 SPACE = "\u2581"
+MAX_PARTS = 2**20  # Llama 3 has 417,008
 
 Words = Literal["llama-bpe", "gpt-2", "smollm"]
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
@@ -101,7 +102,7 @@ class _AddedToken(_Section):
 
 class _Model(_Section):
     type: Literal["BPE"] = "BPE"
-    vocab: dict[str, int]
+    vocab: dict[str, Any]  # `_pieces` finds what is no id; a list of all errors would be huge
     merges: Annotated[list[str | tuple[str, str]], FailFast()]
     byte_fallback: bool = False
     ignore_merges: bool = False
@@ -125,10 +126,13 @@ def read(content: bytes, path: str) -> Bpe:
 
     Raises TokenizerError for what is damaged, or not one of LLaMA's kinds.
     """
+    # In memory a list or an entry takes far more than its two bytes in the file.
+    if sum(map(content.count, (b"[", b"{", b":"))) > MAX_PARTS:
+        raise TokenizerError(f"{path}: more than {MAX_PARTS:,} entries, too many for a tokenizer")
     try:
         file = _File.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part)[:40] for part in first["loc"])
         raise TokenizerError(f"{path}: {place or 'the file'}: {first['msg'][:200]}") from error
     byte_level = not file.model.byte_fallback
@@ -200,6 +204,9 @@ def _pieces(file: _File, path: str) -> list[str]:
             raise TokenizerError(
                 f"{path}: {token.content[:40]!r} has the ids {ids[token.content]} and {token.id}"
             )
+    strange = next((piece for piece, id in ids.items() if type(id) is not int), None)
+    if strange is not None:
+        raise TokenizerError(f"{path}: the id of {strange[:40]!r} is {ids[strange]!r:.40}")
     pieces = sorted(ids, key=ids.__getitem__)
     wrong = next((id for id, piece in enumerate(pieces) if ids[piece] != id), None)
     if wrong is not None:
