@@ -30,6 +30,10 @@ def without_byte(proto):
     del proto.pieces[3 + 0x41]
 
 
+def without_space(proto):
+    next(p for p in proto.pieces if p.piece == "\u2581").piece = "\u2582"
+
+
 def byte_as_text(proto):
     proto.pieces[3 + 0x41].type = Piece.NORMAL
 
@@ -98,6 +102,7 @@ SENTENCEPIECE = {
         change.__name__: changed(change)
         for change in (
             without_byte,
+            without_space,
             byte_as_text,
             misnamed_byte,
             byte_twice,
@@ -233,6 +238,7 @@ JSON = {
     "steps is a text": json_with(pre_tokenizer={"type": "Sequence", "pretokenizers": "x"}),
     "a step is a text": json_with(pre_tokenizer={"type": "Sequence", "pretokenizers": ["x"]}),
     "no steps": json_with(pre_tokenizer=None),
+    "without space": tiny_byte_fallback().model.replace(b'"\xe2\x96\x81":', b'"\xe2\x96\x82":'),
     "another space": json_with(tiny_byte_fallback, normalizer=None, pre_tokenizer=METASPACE),
     "whole words": json_with(tiny_byte_fallback, "model", ignore_merges=True),
     "byte by name": changed_json(
@@ -274,6 +280,8 @@ def test_a_bad_file_is_refused(tmp_path, name):
         ("json: merge of strangers", "merge 0, 'zq' and 'zq', is not of pieces"),
         ("json: own expression", "it cuts text in a way that is not LLaMA's"),
         ("json: deep", "recursion limit"),
+        ("sp: without_space", "has no piece for the space"),
+        ("json: without space", "has no piece for the space"),
         ("json: no beginning", "has no special tokens that begin and end a text"),
     ],
 )
@@ -310,7 +318,7 @@ def damaged(model, draw):
 
 
 def survive(kind, count, seed):
-    """Loads `count` damaged files; returns how many loaded. Anything but TokenizerError is a bug."""
+    """Loads `count` damaged files, which may raise TokenizerError only; how many loaded."""
     draw, loaded, text = random.Random(seed), 0, "the llama 42 😀 <|eot_id|></s>"
     tokenizer = KINDS[kind]()
     for _ in range(count):

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import random
 import sys
 
 import pytest
@@ -10,12 +11,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama_jax import tokenizer as tokenizers
+from llama_jax.convert.tokenizers import huggingface_files
 from llama_jax.tokenizer import StreamDecoder, TokenizerError
 from llama_jax.tokenizer.huggingface import HuggingFace
 from llama_jax.tokenizer.sentencepiece import SentencePiece
 from llama_jax.tokenizer.tiktoken import Tiktoken
 
 SPACE_SIGN = "\u2581"
+RANDOM_TEXTS = 1_000_000
+REAL = {
+    "llama2": "tokenizers/llama2_tokenizer.model",
+    "llama3": "tokenizers/llama3_tokenizer.model",
+    "stories": "weights/stories260K_hf/tokenizer.model",
+}
 CONTROLS = ["<s>", "</s>", "<unk>", "<0x0A>", "<|eot_id|>", "<|begin_of_text|>", "<|end_of_text|>"]
 PARTS = [*" \n\t\r\0aé日1", SPACE_SIGN, "\u2047", "\ufffd", "😀", "  ", "'s", "123", *CONTROLS]
 TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(PARTS)).map("".join))
@@ -153,3 +161,37 @@ def test_json_and_original_give_equal_ids():
         for text in NASTY:
             assert KINDS[copy]().encode(text) == KINDS[original]().encode(text), (copy, text)
     assert KINDS["byte-level json"]().eos_ids == tiny_tiktoken().eos_ids
+
+
+def round_trips(tokenizer, count, seed):
+    """How many of `count` random texts come back, one by one and as a stream."""
+    draw, equal = random.Random(seed), 0
+    edges = [*" \n\t\0", SPACE_SIGN, "\ufeff", "\u200d", "\u0301", "</s>", "<|eot_id|>", "  ", "é"]
+    tops = (0x80, 0x800, 0xD800, 0x110000)  # one to four bytes of UTF-8 are equally likely
+    for _ in range(count):
+        size = draw.randint(1, 9)
+        points = [int(draw.random() * tops[int(draw.random() * 4)]) for _ in range(size)]
+        text = "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000) + draw.choice(edges)
+        ids = tokenizer.encode(text)
+        stream = StreamDecoder(tokenizer)
+        equal += tokenizer.decode(ids) == text == "".join(stream.feed([id]) for id in ids)
+    return equal
+
+
+def test_random_texts_come_back(tokenizer):
+    assert round_trips(tokenizer, 3000, seed=0) == 3000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_a_million_random_texts_come_back_from_real_tokenizers(name, shared_data):
+    tokenizer = tokenizers.load(shared_data / REAL[name])
+    assert round_trips(tokenizer, RANDOM_TEXTS, seed=1) == RANDOM_TEXTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_a_million_random_texts_come_back_from_a_json(name, shared_data):
+    files = huggingface_files(tokenizers.load(shared_data / REAL[name]))
+    tokenizer = HuggingFace(files["tokenizer.json"], name)
+    assert round_trips(tokenizer, RANDOM_TEXTS, seed=2) == RANDOM_TEXTS

@@ -25,6 +25,7 @@ _ALL = re.compile(f"{SPACE}|[^{SPACE}]+")
 _MAX_REMEMBERED = 64  # characters; a longer unit is hardly met twice
 MAX_PIECES = 2**20  # LLaMA has 32,000
 PIECE = schema.ModelProto.SentencePiece
+_OF_TEXT = (PIECE.NORMAL, PIECE.USER_DEFINED)
 _DAMAGED = "not a SentencePiece model, or damaged"
 
 
@@ -41,6 +42,11 @@ class SentencePiece(Tokenizer):
         if missing or not proto.trainer_spec.byte_fallback:
             what = f"lacks {len(missing)} of the 256 bytes" if missing else "has no byte fallback"
             raise TokenizerError(f"{path}: {what}, so it cannot write every text")
+        # Spelt in bytes, a space would come back as its sign.
+        if not any(p == SPACE and kind in _OF_TEXT for p, kind in zip(pieces, types, strict=True)):
+            raise TokenizerError(
+                f"{path}: has no piece for the space, so it cannot write every text"
+            )
         controls = {p: i for i, p in enumerate(pieces) if types[i] == PIECE.CONTROL}
         bos, eos = proto.trainer_spec.bos_piece, proto.trainer_spec.eos_piece
         if bos not in controls or eos not in controls:

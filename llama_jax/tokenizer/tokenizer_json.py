@@ -235,6 +235,8 @@ def check(bpe: Bpe, path: str) -> None:
         raise TokenizerError(
             f"{path}: lacks {missing} of the 256 bytes, so it cannot write every text"
         )
+    if not bpe.words and SPACE not in pieces:  # spelt in bytes, a space would come back as its sign
+        raise TokenizerError(f"{path}: has no piece for the space; it cannot write every text")
     if bpe.whole_words and not bpe.words:
         raise TokenizerError(f"{path}: ignore_merges has no meaning with byte_fallback")
     # Text must not yield a control, nor a byte by its name.
