@@ -93,13 +93,13 @@ def changed(change):
 
 def test_models_that_cannot_be_expressed_are_refused():
     def user_defined(proto):
-        proto.pieces[300].type = schema.ModelProto.SentencePiece.USER_DEFINED
+        proto.pieces[290].type = schema.ModelProto.SentencePiece.USER_DEFINED
 
     def unigram(proto):
         proto.trainer_spec.model_type = schema.TrainerSpec.UNIGRAM
 
     def bare_character(proto):
-        proto.pieces[300].piece = "thé"
+        proto.pieces[290].piece = "thé"
 
     for change, message in (
         (user_defined, "user-defined"),
