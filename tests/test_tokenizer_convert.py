@@ -183,6 +183,17 @@ def test_hostile_gguf_metadata_are_refused(name):
         from_gguf_fields(HOSTILE[name], "file.gguf")
 
 
+def test_the_reason_is_named():
+    for name, reason in (
+        ("unknown words", "pre is 'qwen2'; only llama-bpe, gpt-2, smollm are read"),
+        ("model of another kind", "model is 'bert'; only llama and gpt2, which LLaMA uses"),
+        ("a merge of strangers", "merge 0, 'zq' and 'zq', is not of pieces"),
+        ("bos outside", "bos_token_id is 1000000000, not one of 320 tokens"),
+    ):
+        with pytest.raises(TokenizerError, match=reason):
+            from_gguf_fields(HOSTILE[name], "")
+
+
 def test_random_damage_to_gguf_metadata_is_refused_or_harmless():
     draw = random.Random(0)
     junk = [None, -1, 2**63, 1.5, float("inf"), "", "x y", "日", "\0", [], True, b"\xff", {}]

@@ -96,6 +96,7 @@ SENTENCEPIECE = {
     "crlf": tiny_model().replace(b"\n", b"\r\n"),
     "varint": b"\x0a" + b"\xff" * 9 + b"\x7f",
     "long piece": b"\x0a\xff\xff\xff\xff\x0f" + b"a" * 10,
+    "many pieces": b"\x0a\x00" * 2**22,
     "gzip": b"\x1f\x8b\x08\x00" + bytes(60),
     "not UTF-8": tiny_model().replace(b"llama", b"ll\xffma"),
     **{
@@ -204,9 +205,8 @@ JSON = {
         vocab={"x" * 9 if k == "a" else k: v for k, v in VOCABULARY.items()}
     ),
     "empty vocabulary": model_with(vocab={}, merges=[]),
-    "piece outside the alphabet": changed_json(
-        lambda f: f["model"]["vocab"].update({"日": f["model"]["vocab"].pop("the")}),
-        tiny_byte_level,
+    "piece outside the alphabet": model_with(
+        vocab={"日" if v == 300 else k: v for k, v in VOCABULARY.items()}, merges=[]
     ),
     "merges is an object": model_with(merges={}),
     "merge of one": model_with(merges=[["a"]]),
@@ -280,6 +280,9 @@ def test_a_bad_file_is_refused(tmp_path, name):
         ("json: merge of strangers", "merge 0, 'zq' and 'zq', is not of pieces"),
         ("json: own expression", "it cuts text in a way that is not LLaMA's"),
         ("json: deep", "recursion limit"),
+        ("json: piece outside the alphabet", "the piece '日' is not spelt in bytes"),
+        ("json: many lists", "more than 1,048,576 entries, too many for a tokenizer"),
+        ("sp: many pieces", "more than 1,048,576 pieces, too many for a tokenizer"),
         ("sp: without_space", "has no piece for the space"),
         ("json: without space", "has no piece for the space"),
         ("json: no beginning", "has no special tokens that begin and end a text"),
