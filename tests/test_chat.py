@@ -3,6 +3,7 @@
 import io
 import pty
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -180,3 +181,20 @@ def test_a_format_that_the_tokenizer_lacks_is_refused_at_once(capsys, shared_dat
     folder = shared_data / "weights" / "stories260K_hf"
     assert cli.main(["chat", "--checkpoint", str(folder), "--format", "llama3"]) == 2
     assert "has no <|start_header_id|>" in capsys.readouterr().err
+
+
+def test_an_answer_ends_at_the_ends_of_the_model_and_of_the_format(monkeypatch):
+    @dataclass(frozen=True)
+    class Model:
+        end_ids: tuple[int, ...]
+        tokenizer: object = tiny_tiktoken()
+
+        def generate(self, prompts, *_, **__):
+            asked.append(self.end_ids)
+            return [SimpleNamespace(tokens=[], finish_reason="eos")]
+
+    asked = []
+    monkeypatch.setattr(chat, "load", lambda *_: Model(end_ids=(7,)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    assert chat.chat(config()) == 0
+    assert asked == [(7, *tiny_tiktoken().eos_ids)]
