@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llama_jax import config as schema
 from llama_jax import flags, process
+from llama_jax.chat.settings import ChatConfig
 from llama_jax.config import ConfigError, Schema
 
 DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
@@ -52,8 +53,8 @@ COMMANDS = {
         "Continue prompts with a checkpoint or a Hugging Face folder.",
     ),
     "chat": Command(
-        schema.ChatConfig,
-        "llama_jax.chat:chat",
+        ChatConfig,
+        "llama_jax.chat.terminal:chat",
         "Talk with a chat model in the terminal.",
     ),
     "tokenizer train": Command(

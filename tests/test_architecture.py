@@ -39,6 +39,7 @@ ROWS = {
     1: [
         *("llama_jax.model.ops", "llama_jax.model.count"),
         *("llama_jax.convert.names", "llama_jax.flags", "llama_jax.process"),
+        "llama_jax.chat.settings",
     ],
     0: ["llama_jax.config", "sharding"],
 }

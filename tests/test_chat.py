@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 from corpora import tiny_tiktoken, tiny_tokenizer
 
-from llama_jax import chat, cli
-from llama_jax.config import ChatConfig
+from llama_jax import cli
+from llama_jax.chat import terminal as chat
+from llama_jax.chat.settings import ChatConfig
 
 
 class Scripted:

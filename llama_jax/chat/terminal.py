@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 
 from llama_jax.api import LanguageModel, load
-from llama_jax.config import ChatConfig, ConfigError
+from llama_jax.chat.settings import ChatConfig
+from llama_jax.config import ConfigError
 from llama_jax.tokenizer import DialogError, TokenizerError
 from llama_jax.tokenizer.chat import Message
 
