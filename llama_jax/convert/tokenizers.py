@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, AnyStr, TypeVar
 
 import numpy as np
@@ -211,13 +212,13 @@ def _types(bpe: Bpe) -> dict[str, int]:
     return dict.fromkeys(bpe.controls, PIECE.CONTROL) | dict.fromkeys(bpe.added, PIECE.USER_DEFINED)
 
 
-def from_gguf_fields(fields: Mapping[str, Any], path: str) -> Tokenizer:
+def from_gguf_fields(fields: Mapping[str, Any], path: str | Path) -> Tokenizer:
     """The tokenizer that a GGUF file's tokenizer.ggml.* metadata describe; `path` names it.
 
     Metadata come from strangers: everything is checked. Raises TokenizerError for metadata that are
     missing, of the wrong type or not LLaMA's, and ConfigError where a library is not installed.
     """
-    model = fields.get(_GGML + "model")
+    path, model = str(path), fields.get(_GGML + "model")
     if model == "llama":
         return SentencePiece(_sentencepiece_model(fields, path), path)
     if model == "gpt2":
