@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llama_jax import config as schema
 from llama_jax import flags, process
+from llama_jax.chat.settings import ChatConfig
 from llama_jax.config import ConfigError, Schema
 
 DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
@@ -51,6 +52,11 @@ COMMANDS = {
         "llama_jax.api:generate_command",
         "Continue prompts with a checkpoint or a Hugging Face folder.",
     ),
+    "chat": Command(
+        ChatConfig,
+        "llama_jax.chat.terminal:chat",
+        "Talk with a chat model in the terminal.",
+    ),
     "tokenizer train": Command(
         schema.TokenizerTrainConfig,
         "llama_jax.tokenizer.train:train_tokenizer",
@@ -58,7 +64,7 @@ COMMANDS = {
     ),
     "tokenizer inspect": Command(
         schema.TokenizerInspectConfig,
-        "llama_jax.tokenizer.sentencepiece:inspect_tokenizer",
+        "llama_jax.tokenizer.files:inspect_tokenizer",
         "Show a tokenizer, and how it cuts a text.",
     ),
     "data prepare": Command(

@@ -269,7 +269,7 @@ class TokenizerInspectConfig(Schema):
     """Show what a tokenizer holds and how it cuts a text."""
 
     path: str
-    """Tokenizer file, or a folder with a tokenizer.model."""
+    """Tokenizer file, or a folder with a tokenizer.model or tokenizer.json."""
     text: str = "Hello world! Llamas hum 1,234 songs.\n    def f(x): return x"
     """Text to encode."""
 
@@ -280,7 +280,8 @@ class DataPrepareConfig(TextConfig):
     out: str
     """Folder to write; `data.sources` of a training run names it."""
     tokenizer: str
-    """Tokenizer file, or a folder with a tokenizer.model; copied beside the shards."""
+    """Tokenizer file, or a folder with a tokenizer.model or tokenizer.json; copied beside the
+    shards."""
     validation_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of the documents kept for validation, chosen by a hash of their text."""
     workers: int = Field(default=0, ge=0)
@@ -350,7 +351,7 @@ class TrainConfig(Schema):
     model: ModelConfig = fixed()
     """Architecture: a name from configs/models, or the fields themselves."""
     tokenizer: str
-    """Tokenizer file; copied into the run (its content must stay the same on resume)."""
+    """Tokenizer file or folder; copied into the run (its content must stay the same on resume)."""
     data: DataConfig
     """What the model reads."""
     steps: int = Field(gt=0)

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[1]
 ROWS = {
     10: ["main"],
     9: ["llama_jax.cli"],
-    8: ["llama_jax.demo", "llama_jax.models"],  # commands that use everything
+    8: ["llama_jax.demo", "llama_jax.models", "llama_jax.chat"],  # commands that use everything
     7: ["llama_jax"],  # __init__.py alone: the api under its short name
     6: ["llama_jax.api"],
     5: ["llama_jax.convert", "llama_jax.evaluate"],
@@ -39,6 +39,7 @@ ROWS = {
     1: [
         *("llama_jax.model.ops", "llama_jax.model.count"),
         *("llama_jax.convert.names", "llama_jax.flags", "llama_jax.process"),
+        "llama_jax.chat.settings",
     ],
     0: ["llama_jax.config", "sharding"],
 }

@@ -3,7 +3,7 @@
 A corpus is a folder:
 
     meta.json            what it holds; written last, so a folder without it is unfinished
-    tokenizer.model      the tokenizer of these ids
+    tokenizer.model      the tokenizer of these ids (or tokenizer.json)
     quarantine.json      records that were left out, with file, line and reason
     train-00000.tokens   token ids, little-endian uint16 (uint32 above 65,536 pieces)
     train-00000.starts   int64: where each document starts, and behind the last the count of tokens
