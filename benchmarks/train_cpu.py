@@ -44,7 +44,8 @@ def our_step(size, precision, weights):
     import jax
 
     from llama_jax.config import ComputeConfig, OptimizerConfig, load_model
-    from llama_jax.convert.huggingface import load_params
+    from llama_jax.convert.huggingface import open_folder
+    from llama_jax.convert.source import load_params
     from llama_jax.model.llama import Llama
     from llama_jax.train.optimizer import adamw
     from llama_jax.train.step import init_state, lm_loss, make_step
@@ -64,7 +65,7 @@ def our_step(size, precision, weights):
     )
     optimizer = adamw(settings, steps=1_000_000, axes=model.axes())
     start = jax.jit(lambda params: init_state(params, optimizer))  # no two arrays share a buffer
-    state = start(load_params(weights, config))
+    state = start(load_params(open_folder(Path(weights)), np.float32))
     run = jax.jit(make_step(lm_loss(model), optimizer), donate_argnums=0)
 
     def step(tokens):

@@ -2,7 +2,7 @@
 
 From Python:
 
-    model = llama_jax.load("runs/demo")            # a run, a checkpoint or a Hugging Face folder
+    model = llama_jax.load("runs/demo")            # or a folder or .gguf of another project
     model.logits([[1, 15043]])                     # fp32 (batch, length, vocab)
     model.generate(["def main("], temperature=0.8)
 """

@@ -1,4 +1,4 @@
-"""`llama_jax.load(path)`: a trained model as one object, from our checkpoints or Hugging Face."""
+"""`llama_jax.load(path)`: a trained model as one object, from files of any format."""
 
 import json
 import os
@@ -23,12 +23,11 @@ from llama_jax.config import (
     SamplingConfig,
     parse,
 )
-from llama_jax.convert import huggingface
+from llama_jax.convert.formats import open_source
+from llama_jax.convert.source import load_params
 from llama_jax.generate.text import Completion, generate
 from llama_jax.model.llama import Llama, Params, unstack
 from llama_jax.tokenizer import Tokenizer
-from llama_jax.tokenizer import load as load_tokenizer
-from llama_jax.train import checkpoint
 from sharding.mesh import make_mesh
 from sharding.partition import shardings
 from sharding.rules import PRESETS
@@ -135,58 +134,27 @@ def load(
     dtype: Literal["float32", "bfloat16"] = "float32",
     mesh: MeshConfig = ONE_DEVICE,
 ) -> LanguageModel:
-    """A trained model from a run, one of our checkpoints, or a Hugging Face folder.
+    """A trained model: a run, a checkpoint, a Hugging Face or Meta folder, or a .gguf file.
+
+    Arrays are read one at a time, each device its own part.
 
     Args:
-        path: the folder.
+        path: the file or folder.
         dtype: of parameters, activations and cache.
         mesh: devices to lay the parameters out over; by default the first one holds all.
 
     Raises:
-        ConfigError, CheckpointError or TokenizerError: saying what the folder lacks.
+        ConfigError, CheckpointError or TokenizerError: saying what is missing or wrong.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(f"{path}: no such folder; give a run, a checkpoint or a model's folder")
-    read = _from_huggingface if (folder / "config.json").exists() else _from_checkpoint
-    return read(folder, ComputeConfig(dtype=dtype), mesh)
-
-
-def _from_checkpoint(folder: Path, compute: ComputeConfig, mesh: MeshConfig) -> LanguageModel:
-    found = checkpoint.find(folder, ["params"])
-    config = parse(ModelConfig, found.config()["model"], str(found.folder))
-    model, devices, places = _placed(config, compute, mesh)
-    targets = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, compute.dtype, sharding=place),
-        model.shapes(),
-        places,
-    )
-    params = checkpoint.load(found, {"params": targets})["params"]
-    tokenizer = load_tokenizer(found.folder)
-    return LanguageModel(model, params, tokenizer, tokenizer.eos_ids, devices)
-
-
-def _from_huggingface(folder: Path, compute: ComputeConfig, mesh: MeshConfig) -> LanguageModel:
-    config = huggingface.read_config(folder)
-    tokenizer = load_tokenizer(huggingface.tokenizer_path(folder))
-    model, devices, places = _placed(config, compute, mesh)
-    params = jax.tree.map(
-        lambda leaf, place: jax.device_put(leaf.astype(jnp.dtype(compute.dtype)), place),
-        huggingface.load_params(folder, config),
-        places,
-    )
-    end_ids = huggingface.eos_ids(folder) or tokenizer.eos_ids
-    return LanguageModel(model, params, tokenizer, end_ids, devices)
-
-
-def _placed(
-    config: ModelConfig, compute: ComputeConfig, mesh: MeshConfig
-) -> tuple[Llama, Mesh, Any]:
-    """The model, its mesh, and where each parameter lies on it."""
-    rules = PRESETS[mesh.rules]
-    model = Llama(config, compute, rules)
+    source = open_source(path)
+    if source.tokenizer is None:
+        raise ConfigError(f"{path} has no tokenizer; put the model's own file there.")
+    compute, rules = ComputeConfig(dtype=dtype), PRESETS[mesh.rules]
+    model = Llama(source.config, compute, rules)
     devices = make_mesh(mesh.sizes, jax.devices()[:1] if mesh == ONE_DEVICE else None)
-    return model, devices, shardings(model.shapes(), model.axes(), devices, rules)
+    places = shardings(model.shapes(), model.axes(), devices, rules)
+    params = load_params(source, jnp.dtype(dtype), places)
+    return LanguageModel(model, params, source.tokenizer, source.end_ids, devices)
 
 
 def generate_command(config: GenerateConfig) -> int:

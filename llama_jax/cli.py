@@ -17,6 +17,7 @@ from llama_jax import config as schema
 from llama_jax import flags, process
 from llama_jax.chat.settings import ChatConfig
 from llama_jax.config import ConfigError, Schema
+from llama_jax.convert.settings import ConvertConfig, VerifyConfig
 
 DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
 
@@ -50,7 +51,17 @@ COMMANDS = {
     "generate": Command(
         schema.GenerateConfig,
         "llama_jax.api:generate_command",
-        "Continue prompts with a checkpoint or a Hugging Face folder.",
+        "Continue prompts with a model of any format: a run, a checkpoint, a folder, a .gguf.",
+    ),
+    "convert": Command(
+        ConvertConfig,
+        "llama_jax.convert.convert:convert",
+        "Turn a model into another format: llama_jax, Hugging Face, Meta, GGUF.",
+    ),
+    "verify": Command(
+        VerifyConfig,
+        "llama_jax.convert.verify:verify",
+        "Compare two models of any format: architecture, tokenizer, tensors, logits.",
     ),
     "chat": Command(
         ChatConfig,
@@ -175,7 +186,7 @@ def _parse(name: str, command: Command, args: list[str]) -> Schema:
     if "--help" in args or "-h" in args:
         flags.print_help(name, command.summary, command.schema)
         raise SystemExit(DONE)
-    given = flags.split(args)
+    given = flags.split(args, flags.positional(command.schema))
     files = [words for flag, words in given if flag == "config"]
     if any(len(words) != 1 for words in files) or len(files) > 1:
         raise ConfigError("--config takes one file, once")

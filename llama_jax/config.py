@@ -53,6 +53,11 @@ def fixed(**keywords: Any) -> Any:
     return Field(json_schema_extra={"resume": "fixed"}, **keywords)
 
 
+def positional(**keywords: Any) -> Any:
+    """A field that may also be given without its flag, by its place among such fields."""
+    return Field(json_schema_extra={"positional": True}, **keywords)
+
+
 class RopeScaling(Schema):
     """How rotary frequencies are stretched beyond the length a model was trained at."""
 
@@ -453,10 +458,10 @@ class SamplingConfig(Schema):
 
 
 class GenerateConfig(Schema):
-    """Batch generation from a checkpoint."""
+    """Batch generation from a model."""
 
     checkpoint: str
-    """Run folder, checkpoint or Hugging Face folder."""
+    """A run, a checkpoint, a Hugging Face or Meta folder, or a .gguf file."""
     prompts: tuple[str, ...] = ()
     """Texts to continue."""
     prompts_file: str | None = None

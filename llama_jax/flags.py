@@ -4,6 +4,7 @@ Flags are merged into the file's values before anything is checked, so that file
 judged together, by the schema alone, with one kind of message.
 """
 
+import itertools
 import types
 import typing
 from collections.abc import Sequence
@@ -20,13 +21,17 @@ from llama_jax.config import ConfigError, Schema, flag_name
 Annotation = Any
 
 
-def split(args: Sequence[str]) -> list[tuple[str, list[str]]]:
+def split(args: Sequence[str], positional: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
     """Arguments as (flag without dashes, its values): --a 1 2 --b=3 --c -> a [1, 2], b [3], c [].
 
-    Raises ConfigError for a value that no flag precedes.
+    Words before the first flag are the values of `positional`, in order.
+
+    Raises ConfigError for a value that neither has a place nor follows a flag.
     """
     flags: list[tuple[str, list[str]]] = []
-    for arg in args:
+    words = itertools.takewhile(lambda arg: not arg.startswith("--"), args)
+    given = [(name, [word]) for name, word in zip(positional, words, strict=False)]
+    for arg in args[len(given) :]:
         if arg.startswith("--") and len(arg) > 2:
             name, equals, value = arg[2:].partition("=")
             flags.append((name, [value] if equals else []))
@@ -34,7 +39,16 @@ def split(args: Sequence[str]) -> list[tuple[str, list[str]]]:
             flags[-1][1].append(arg)
         else:
             raise ConfigError(f"'{arg}' follows no flag; settings are given as --name VALUE")
-    return flags
+    return given + flags
+
+
+def positional(schema: type[Schema]) -> list[str]:
+    """Fields whose values may stand before the flags, in order."""
+    return [
+        flag_name(name, field)
+        for name, field in schema.model_fields.items()
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("positional")
+    ]
 
 
 def merge(schema: type[Schema], values: dict[str, Any], flags: list[tuple[str, list[str]]]) -> Any:
@@ -95,8 +109,9 @@ def _is_section(annotation: Annotation) -> TypeGuard[type[Schema]]:
 def print_help(command: str, summary: str, schema: type[Schema]) -> None:
     """Every setting of a command, by section, with its type, default and meaning."""
     console = Console(highlight=False)
+    words = "".join(f" {name.upper()}" for name in positional(schema))
     console.print(
-        f"usage: llama-jax {command} \\[--config FILE.yaml] \\[--section.field VALUE ...]"
+        f"usage: llama-jax {command}{words} \\[--config FILE.yaml] \\[--section.field VALUE ...]"
     )
     console.print(f"\n{escape(summary)}\n")
     console.print("--config FILE.yaml reads settings from a file (or configs/runs by name);")

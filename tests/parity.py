@@ -1,10 +1,13 @@
 """What the comparisons with other implementations share: one mapping, and the plainest decoding."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.convert import names
+from llama_jax.convert import huggingface, names
+from llama_jax.convert.source import load_params
 from llama_jax.model.cache import KVCache
 
 
@@ -13,11 +16,22 @@ def in_our_layout(arrays, config):
     layout = {}
     for row in names.tensors(config):
         parts = [
-            names.from_hugging_face(arrays[name], row, config)
-            for name in names.hugging_face_names(row, config)
+            names.rearrange(
+                arrays[row.huggingface.name.format(layer=layer)],
+                row.huggingface.axes,
+                row.axes,
+                config,
+            )
+            for layer in names.layers(row, config)
         ]
         layout[row.path] = np.stack(parts) if row.is_layered else parts[0]
     return layout
+
+
+def load_folder(folder):
+    """Architecture and fp32 parameters (numpy) of a Hugging Face folder."""
+    source = huggingface.open_folder(Path(folder))
+    return source.config, load_params(source, np.float32)
 
 
 def greedy(model, params, prompts, count):

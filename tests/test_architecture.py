@@ -38,8 +38,9 @@ ROWS = {
     ],
     1: [
         *("llama_jax.model.ops", "llama_jax.model.count"),
-        *("llama_jax.convert.names", "llama_jax.flags", "llama_jax.process"),
-        "llama_jax.chat.settings",
+        *("llama_jax.convert.names", "llama_jax.convert.settings"),
+        *("llama_jax.chat.settings", "llama_jax.generate.settings"),
+        *("llama_jax.flags", "llama_jax.process"),
     ],
     0: ["llama_jax.config", "sharding"],
 }

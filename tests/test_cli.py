@@ -8,6 +8,7 @@ import pytest
 
 from llama_jax import cli, flags
 from llama_jax.config import ConfigError, TrainConfig, configs_folder, load_model, parse, read_yaml
+from llama_jax.convert.settings import ConvertConfig
 
 RUN = {
     "out": "x",
@@ -49,6 +50,25 @@ def test_lists_take_several_words_and_none_empties():
     assert config.checkpoint.keep_every == 5
     saved = resolve("--compute.remat", "named", "--compute.remat_save", "query", "key")
     assert saved.compute.remat_save == ("query", "key")
+
+
+def test_words_before_the_flags_fill_the_positional_fields():
+    places = flags.positional(ConvertConfig)
+    assert places == ["source", "destination"]
+    given = flags.split(["a", "b", "--to", "gguf"], places)
+    assert given == [("source", ["a"]), ("destination", ["b"]), ("to", ["gguf"])]
+    given = flags.split(["--to", "gguf", "--source", "a"], places)
+    assert given == [("to", ["gguf"]), ("source", ["a"])]
+    with pytest.raises(ConfigError, match="'c' follows no flag"):
+        flags.split(["a", "b", "c", "--to", "gguf"], places)
+    with pytest.raises(ConfigError, match="'a' follows no flag"):
+        flags.split(["a"])
+
+
+def test_help_shows_the_positional_fields(capsys):
+    code, out, _ = run(capsys, "convert", "--help")
+    assert code == 0
+    assert "usage: llama-jax convert SOURCE DESTINATION" in out
 
 
 def test_the_file_is_not_changed_by_flags():

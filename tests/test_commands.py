@@ -73,6 +73,17 @@ def test_generate_answers_on_the_screen_and_in_a_file(run: Path, tmp_path: Path,
     assert all(0 < row["tokens"] <= 5 for row in rows if row["finish_reason"] == "length")
 
 
+def test_a_run_is_converted_and_verified(run: Path, tmp_path: Path, capsys):
+    there, file = tmp_path / "hf", tmp_path / "model.gguf"
+    assert cli.main(["convert", str(run), str(there), "--to", "huggingface"]) == 0
+    assert cli.main(["verify", str(run), str(there)]) == 0
+    assert cli.main(["convert", str(there), str(file), "--to", "gguf", "--dtype", "float16"]) == 0
+    assert cli.main(["verify", str(there), str(file)]) == 0
+    assert "DIFFERS" not in capsys.readouterr().out
+    short = ["--sampling.max_new_tokens", "5", "--sampling.temperature", "0"]
+    assert cli.main(["generate", "--checkpoint", str(file), "--prompts", "line 1", *short]) == 0
+
+
 @pytest.mark.parametrize("content", ["", "{broken\n", '{"text": "x"}\n', '{"prompt": 3}\n'])
 def test_a_bad_file_of_prompts_is_refused(run: Path, tmp_path: Path, capsys, content: str):
     prompts = tmp_path / "in.jsonl"

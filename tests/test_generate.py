@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import load_folder
 
 from llama_jax import tokenizer as tokenizers
 from llama_jax.config import ComputeConfig, ModelConfig, RopeScaling, SamplingConfig
-from llama_jax.convert import huggingface
 from llama_jax.generate import batch
 from llama_jax.generate.batch import Answer, Request, answer
 from llama_jax.generate.decode import Decoder, Reason, Rows
@@ -518,9 +518,8 @@ def test_end_ids_may_differ_from_the_tokenizer_s(tokenizer: Tokenizer) -> None:
 
 def test_a_trained_model_tells_its_story_up_to_the_stop_string(shared_data: Path) -> None:
     folder = shared_data / "weights" / "stories260K_hf"
-    config = huggingface.read_config(folder)
-    params = unstack(huggingface.load_params(folder, config))
-    tokenizer = tokenizers.load(huggingface.tokenizer_path(folder))
+    config, params = load_folder(folder)
+    params, tokenizer = unstack(params), tokenizers.load(folder)
     greedy = SamplingConfig(temperature=0, max_new_tokens=60, stop=("play",))
     parts: list[str] = []
     (found,) = generate(

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import in_our_layout
+from parity import in_our_layout, load_folder
 from safetensors.numpy import load_file
 
 from llama_jax.config import ComputeConfig, ConfigError, RopeScaling, load_model
-from llama_jax.convert import huggingface, names
+from llama_jax.convert import huggingface, names, source
 from llama_jax.model.llama import Llama, unstack
 from llama_jax.model.ops.rope import inverse_frequencies
 
@@ -43,8 +43,7 @@ def test_every_golden_case_is_there():
     + [("llama2_gqa", "unrolled"), ("llama3.2_tied", "unrolled")],
 )
 def test_logits_and_gradients_equal_hugging_face(case, layout):
-    config = huggingface.read_config(GOLDEN / case)
-    params = huggingface.load_params(GOLDEN / case, config)
+    config, params = load_folder(GOLDEN / case)
     golden = np.load(GOLDEN / case / "golden.npz")
     ids = golden["ids"]
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
@@ -73,8 +72,8 @@ def test_logits_and_gradients_equal_hugging_face(case, layout):
 
 def test_per_layer_parameters_give_the_golden_logits():
     folder = GOLDEN / "llama2_gqa"
-    config = huggingface.read_config(folder)
-    params = unstack(huggingface.load_params(folder, config))
+    config, params = load_folder(folder)
+    params = unstack(params)
     golden = np.load(folder / "golden.npz")
     assert np.abs(logits_of(config, params, golden["ids"]) - golden["logits"]).max() <= 1e-4
 
@@ -82,8 +81,7 @@ def test_per_layer_parameters_give_the_golden_logits():
 @pytest.mark.parametrize("case", SCALED)
 def test_without_its_scaling_a_golden_case_fails(case):
     # Otherwise the comparison above would say nothing about the scaling.
-    config = huggingface.read_config(GOLDEN / case)
-    params = huggingface.load_params(GOLDEN / case, config)
+    config, params = load_folder(GOLDEN / case)
     golden = np.load(GOLDEN / case / "golden.npz")
     plain = config.model_copy(update={"rope_scaling": RopeScaling()})
     assert np.abs(logits_of(plain, params, golden["ids"]) - golden["logits"]).max() > 1e-2
@@ -108,9 +106,8 @@ def test_shapes_and_names_are_those_of_the_model_and_of_the_file(case):
         assert names.our_shape(row, config) == reduce(getitem, row.path, shapes).shape
     stored = load_file(GOLDEN / case / "model.safetensors")
     table = {
-        name: names.hugging_face_shape(row, config)
-        for row in names.tensors(config)
-        for name in names.hugging_face_names(row, config)
+        row.huggingface.name.format(layer=layer): names.shape(row.huggingface.axes, config)
+        for row, layer in names.entries(config)
     }
     assert table == {name: array.shape for name, array in stored.items()}
 
@@ -333,12 +330,12 @@ def test_missing_config_file_is_refused(tmp_path):
 
 
 def test_oversized_config_file_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "LARGEST_JSON", 100)
+    monkeypatch.setattr(source, "LARGEST_JSON", 100)
     with pytest.raises(ConfigError, match="larger than 100 bytes"):
         config_from(tmp_path, LLAMA2_70B)
 
 
-# --- end tokens and tokenizer ----------------------------------------------------------------
+# --- end tokens ------------------------------------------------------------------------------
 
 
 def test_end_ids_come_from_the_generation_config_first(tmp_path):
@@ -352,10 +349,3 @@ def test_end_ids_come_from_the_generation_config_first(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "2"}')
     with pytest.raises(ConfigError, match="eos_token_id"):
         huggingface.eos_ids(tmp_path)
-
-
-def test_tokenizer_file_is_found_or_asked_for(tmp_path):
-    with pytest.raises(ConfigError, match=r"tokenizer\.model"):
-        huggingface.tokenizer_path(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"")
-    assert huggingface.tokenizer_path(tmp_path) == tmp_path / "tokenizer.model"

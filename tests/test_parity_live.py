@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import greedy, in_our_layout
+from parity import greedy, in_our_layout, load_folder
 
-from llama_jax.convert import huggingface
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama
 
@@ -85,8 +84,8 @@ def both(make, tmp_path):
     def build(settings):
         reference = make.random_model({**SHAPE, **settings}, seed=7)
         reference.save_pretrained(tmp_path)
-        config = huggingface.read_config(tmp_path)
-        return reference, Llama(config), huggingface.load_params(tmp_path, config)
+        config, params = load_folder(tmp_path)
+        return reference, Llama(config), params
 
     return build
 
@@ -232,7 +231,6 @@ def test_stories_are_told_token_for_token_as_by_hugging_face(shared_data, torch)
     folder = shared_data / "weights" / "stories260K_hf"
     transformers = importlib.import_module("transformers")
     reference = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = huggingface.read_config(folder)
-    params = huggingface.load_params(folder, config)
+    config, params = load_folder(folder)
     expected = generate(reference, torch, [[1]], 200)
     assert greedy(Llama(config), params, [[1]], 200) == expected

@@ -2,7 +2,7 @@
 
 import pytest
 import sentencepiece
-from parity import greedy
+from parity import greedy, load_folder
 
 from llama_jax.convert import huggingface
 from llama_jax.model.llama import Llama, unstack
@@ -19,13 +19,10 @@ def folder(shared_data):
 
 @pytest.mark.parametrize("layout", ["stacked", "per_layer"])
 def test_greedy_from_the_first_token_tells_the_known_story(folder, layout):
-    config = huggingface.read_config(folder)
-    params = huggingface.load_params(folder, config)
+    config, params = load_folder(folder)
     if layout == "per_layer":
         params = unstack(params)
-    tokenizer = sentencepiece.SentencePieceProcessor(
-        model_file=str(huggingface.tokenizer_path(folder))
-    )
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     (ids,) = greedy(Llama(config), params, [[tokenizer.bos_id()]], 200)
     assert len(ids) == 200
     assert tokenizer.decode(ids).startswith(STORY)

@@ -1,1 +1,1 @@
-"""Checkpoints of other projects, read into our parameter tree."""
+"""Models of other projects, read and written."""

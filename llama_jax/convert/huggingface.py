@@ -1,4 +1,4 @@
-"""Reads a Hugging Face LlamaForCausalLM folder: architecture, weights, end tokens, tokenizer file.
+"""Hugging Face LlamaForCausalLM folders as a source and a destination.
 
 Everything is checked before anything large is allocated, and whatever would change the numbers
 without being understood here is refused by name. The files are treated as untrusted: only JSON and
@@ -7,22 +7,31 @@ safetensors are read, never pickles.
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
 from pydantic import model_validator
 
-from llama_jax.config import ConfigError, ModelConfig, Schema, parse
-from llama_jax.convert import names
+from llama_jax.config import ConfigError, ModelConfig, RopeScaling, Schema, parse
+from llama_jax.convert import names, safetensors_file
+from llama_jax.convert.settings import ConvertConfig
+from llama_jax.convert.source import (
+    DTYPES,
+    Advance,
+    Source,
+    Stored,
+    check_tensors,
+    equal,
+    find_tokenizer,
+    narrowest,
+    outgoing,
+    read_json,
+)
+from llama_jax.convert.tokenizers import huggingface_files
 
-WEIGHT_TYPES = ("F32", "BF16", "F16")
-# Bytes of an index and of a safetensors header; those of the 405B model take 0.1 MB. Longer ones
-# are refused, because parsing them alone could fill the memory.
-LARGEST_JSON = LARGEST_HEADER = 4 * 2**20
+MAX_SHARD_BYTES = 5 * 10**9
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 # Keys that would change the numbers, with the one value that is implemented.
@@ -97,7 +106,7 @@ class Architecture(Schema, strict=True, extra="ignore"):
     num_attention_heads: int
     """n_heads."""
     num_key_value_heads: int | None = None
-    """n_kv_heads; absent (LLaMA 1) means as many as heads."""
+    """Absent (LLaMA 1) means as many as heads."""
     head_dim: int | None = None
     """d_head; absent means hidden_size / num_attention_heads."""
     vocab_size: int
@@ -130,7 +139,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     asks for something this model does not compute (biases, other activations or rope types).
     """
     path = Path(folder) / "config.json"
-    values = _read_json(path)
+    values = read_json(path)
     for key, only in IMPLEMENTED.items():
         if values.get(key, only) != only:
             raise ConfigError(
@@ -148,23 +157,13 @@ def read_config(folder: str | Path) -> ModelConfig:
                 f"num_attention_heads ({file.num_attention_heads}), and head_dim is not given."
             )
     kv_heads = file.num_key_value_heads
-    return parse(
-        ModelConfig,
-        {
-            "d_model": file.hidden_size,
-            "n_layers": file.num_hidden_layers,
-            "n_heads": file.num_attention_heads,
-            "n_kv_heads": file.num_attention_heads if kv_heads is None else kv_heads,
-            "d_head": head_dim,
-            "d_ff": file.intermediate_size,
-            "vocab_size": file.vocab_size,
-            "norm_eps": file.rms_norm_eps,
-            "rope_theta": theta,
-            "rope_scaling": scaling,
-            "tie_embeddings": file.tie_word_embeddings,
-        },
-        str(path),
-    )
+    given = file.model_dump() | {
+        "num_key_value_heads": file.num_attention_heads if kv_heads is None else kv_heads,
+        "head_dim": head_dim,
+        "rope_theta": theta,
+    }
+    ours = {field.ours: given[field.huggingface] for field in names.FIELDS}
+    return parse(ModelConfig, ours | {"rope_scaling": scaling}, str(path))
 
 
 def _rope(file: Architecture, path: Path) -> tuple[float, dict[str, Any]]:
@@ -194,86 +193,79 @@ def _scaling(section: Rope, file: Architecture) -> dict[str, Any]:
     return {**given, "type": "none" if section.type == "default" else section.type}
 
 
-def eos_ids(folder: str | Path) -> tuple[int, ...]:
+def open_folder(folder: Path) -> Source:
+    """Opens a folder with config.json and model.safetensors, or the shards that an index names.
+
+    Raises:
+        ConfigError: the configuration is not understood, or the tensors (fp32, bf16 or fp16) are
+            not those of the model it describes.
+        TokenizerError: there is a tokenizer file and it is damaged.
+    """
+    config = read_config(folder)
+    stored = {n: t for n, t in _open(folder).items() if not ROTARY_BUFFER.fullmatch(n)}
+    expected = (
+        (row.huggingface.name.format(layer=layer), names.shape(row.huggingface.axes, config))
+        for row, layer in names.entries(config)
+    )
+    head = stored.pop(names.HEAD.huggingface.name, None) if config.tie_embeddings else None
+    check_tensors(stored, expected, DTYPES, str(folder))
+    if head is not None:
+        _check_tied(head, stored[names.EMBED.huggingface.name], folder)
+
+    def tensor(row: names.Tensor, layer: int) -> Any:
+        array = stored[row.huggingface.name.format(layer=layer)].read()
+        return names.rearrange(array, row.huggingface.axes, row.axes, config)
+
+    values = read_json(folder / "config.json")
+    tokenizer = find_tokenizer(folder)
+    return Source(
+        format="huggingface",
+        path=folder,
+        config=config,
+        tokenizer=tokenizer,
+        end_ids=eos_ids(folder) or (tokenizer.eos_ids if tokenizer else ()),
+        context_length=parse(Architecture, values, str(folder)).max_position_embeddings,
+        dtype=narrowest(stored.values()),
+        tensor=tensor,
+    )
+
+
+def eos_ids(folder: Path) -> tuple[int, ...]:
     """Ids that end a text: those of generation_config.json, else of config.json, else none."""
     for name in ("generation_config.json", "config.json"):
-        path = Path(folder) / name
+        path = folder / name
         if path.exists():
-            ids = parse(EndTokens, _read_json(path), str(path)).eos_token_id
+            ids = parse(EndTokens, read_json(path), str(path)).eos_token_id
             if ids is not None:
                 return (ids,) if isinstance(ids, int) else tuple(ids)
     return ()
 
 
-def tokenizer_path(folder: str | Path) -> Path:
-    """The folder's tokenizer.model."""
-    path = Path(folder) / "tokenizer.model"
-    if not path.is_file():
-        raise ConfigError(f"{folder} has no tokenizer.model; put the model's own one there.")
-    return path
-
-
-def load_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
-    """The weights of a Hugging Face folder as our parameter tree: numpy, fp32, layers stacked.
-
-    Reads model.safetensors, or the shards of model.safetensors.index.json, in fp32, bf16 or fp16.
-    Tensors are converted one at a time into their final place. Raises ConfigError before anything
-    is allocated, naming the tensor, what was expected and what was found.
-    """
-    folder = Path(folder)
-    with ExitStack() as files:
-        stored = _open(folder, files)
-        problems = list(islice(_problems(stored, config), 3))
-        if problems:
-            raise ConfigError(f"{folder} does not hold this model: {'; '.join(problems)}.")
-        params: dict[str, Any] = {}
-        for row in names.tensors(config):
-            branch = params
-            for key in row.path[:-1]:
-                branch = branch.setdefault(key, {})
-            branch[row.path[-1]] = _read(stored, row, config)
-    return params
-
-
-def _read(stored: dict[str, Any], row: names.Tensor, config: ModelConfig) -> np.ndarray:
-    """One tensor of our tree, all layers of it."""
-    result = np.empty(names.our_shape(row, config), np.float32)
-    parts = result if row.is_layered else result[None]
-    for part, name in zip(parts, names.hugging_face_names(row, config), strict=True):
-        part[...] = names.from_hugging_face(stored[name].get_tensor(name), row, config)
-    return result
-
-
-def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
-    """Tensor name -> the open safetensors file that holds it; headers only, nothing is loaded."""
-    try:
-        # With ml_dtypes (a dependency of jax) numpy knows bfloat16.
-        import ml_dtypes  # noqa: F401
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ConfigError(
-            "Hugging Face weights need the safetensors library: pip install 'llama-jax[convert]'."
-        ) from error
-    stored: dict[str, Any] = {}
+def _open(folder: Path) -> dict[str, Stored]:
+    """Tensor name -> the tensor, of all files; headers only, nothing is loaded."""
+    stored: dict[str, Stored] = {}
     for path in _shards(folder):
-        try:
-            with path.open("rb") as raw:
-                header = int.from_bytes(raw.read(8), "little")
-            if header > LARGEST_HEADER:
-                raise ConfigError(f"{path}: a header of {header} bytes is too large to be genuine.")
-            file = files.enter_context(safe_open(path, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path}: not a readable safetensors file ({error}).") from error
-        for name in file.keys():  # noqa: SIM118, not a dict
-            if name in stored:
-                raise ConfigError(f"{path}: {name} is also in another shard.")
-            stored[name] = file
+        tensors = safetensors_file.read(path)
+        if twice := sorted(stored.keys() & tensors.keys()):
+            raise ConfigError(f"{path}: {twice[0]} is also in another shard.")
+        stored |= tensors
     return stored
+
+
+def _check_tied(head: Stored, embed: Stored, folder: Path) -> None:
+    """Refuses an output matrix beside tied embeddings that is not the embedding."""
+    name = names.HEAD.huggingface.name
+    check_tensors({name: head}, [(name, embed.shape)], DTYPES, str(folder))
+    if not equal(head.read(), embed.read()):
+        raise ConfigError(
+            f"{folder} does not hold this model: {name} is not {names.EMBED.huggingface.name}, "
+            "though tie_word_embeddings is true."
+        )
 
 
 def _shards(folder: Path) -> list[Path]:
     """The weight files of a folder: model.safetensors, else those that the index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
         return [single]
     if not index.is_file():
@@ -281,7 +273,7 @@ def _shards(folder: Path) -> list[Path]:
             f"{folder} has neither model.safetensors nor model.safetensors.index.json; "
             "other formats (.bin, .pth) are not read."
         )
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ConfigError(f"{index}: weight_map must map tensor names to files.")
     for name in places.values():
@@ -293,65 +285,100 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(places.values()))]
 
 
-def _problems(stored: dict[str, Any], config: ModelConfig) -> Iterator[str]:
-    """What keeps the stored tensors from being this model, one phrase each."""
-    known = set()
-    for row in names.tensors(config):
-        shape = names.hugging_face_shape(row, config)
-        for name in names.hugging_face_names(row, config):
-            known.add(name)
-            if name in stored:
-                yield from _misfit(stored, name, shape)
-            else:
-                yield f"{name} is missing, expected shape {shape}"
-    for name in sorted(stored.keys() - known):
-        if config.tie_embeddings and name == "lm_head.weight":
-            yield from _untied(stored, (config.vocab_size, config.d_model))
-        elif not ROTARY_BUFFER.fullmatch(name):
-            yield f"{name} is not part of the model that config.json describes"
+# Writing ------------------------------------------------------------------------------------------
 
 
-def _misfit(stored: dict[str, Any], name: str, shape: tuple[int, ...]) -> Iterator[str]:
-    """A wrong shape or type of one tensor."""
-    header = stored[name].get_slice(name)
-    found, dtype = tuple(header.get_shape()), header.get_dtype()
-    if found != shape:
-        yield f"{name} has shape {found}, expected {shape}"
-    if dtype not in WEIGHT_TYPES:
-        yield f"{name} has type {dtype}, expected one of {', '.join(WEIGHT_TYPES)}"
+def write(source: Source, folder: Path, settings: ConvertConfig, advance: Advance) -> None:
+    """Writes a folder that transformers (4 and 5) loads: configuration, weights, tokenizer.
 
-
-def _untied(stored: dict[str, Any], shape: tuple[int, ...]) -> Iterator[str]:
-    """An output matrix beside tied embeddings that is not the embedding, compared in slices."""
-    problems = list(_misfit(stored, "lm_head.weight", shape))
-    yield from problems
-    embed_name = "model.embed_tokens.weight"
-    if problems or embed_name not in stored or list(_misfit(stored, embed_name, shape)):
+    Raises ConfigError where the source does not say for how many positions it was trained.
+    """
+    dtype = DTYPES[settings.dtype] if settings.dtype else source.dtype
+    tensors = outgoing(source, "huggingface", dtype, advance)
+    special = _special_ids(source)
+    config = {**config_values(source), **special, "dtype": dtype.name, "torch_dtype": dtype.name}
+    folder.mkdir()
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
+    if source.tokenizer is not None:
+        for name, content in huggingface_files(source.tokenizer).items():
+            (folder / name).write_bytes(content)
+    shards = list(_split(tensors))
+    if len(shards) == 1:
+        safetensors_file.write(folder / SINGLE, tensors)
         return
-    head, embed = stored["lm_head.weight"].get_slice("lm_head.weight"), stored[embed_name]
-    embed = embed.get_slice(embed_name)
-    for start in range(0, shape[0], 1024):
-        rows = slice(start, min(start + 1024, shape[0]))  # the library refuses a longer slice
-        if not np.array_equal(head[rows], embed[rows]):
-            yield f"lm_head.weight is not {embed_name}, though tie_word_embeddings is true"
-            return
+    places: dict[str, str] = {}
+    for number, part in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        safetensors_file.write(folder / file, {name: tensors[name] for name in part})
+        places |= dict.fromkeys(part, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object without its null keys (null is how the format says absent)."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_JSON + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
-    if len(content) > LARGEST_JSON:
+def config_values(source: Source) -> dict[str, Any]:
+    """config.json without token ids and type, spelt as transformers 4 and 5 both read it."""
+    config = source.config
+    values = config.model_dump()
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "max_position_embeddings": _context_length(source),
+        **{field.huggingface: values[field.ours] for field in names.FIELDS},
+        "rope_scaling": _rope_section(config.rope_scaling),
+    }
+
+
+def _context_length(source: Source) -> int:
+    """max_position_embeddings, from which dynamic scaling starts whatever the source says."""
+    scaling = source.config.rope_scaling
+    length = scaling.original_context if scaling.type == "dynamic" else source.context_length
+    if length is None:
         raise ConfigError(
-            f"{path}: larger than {LARGEST_JSON} bytes, too large for a model's JSON."
+            f"{source.path} does not say for how many positions the model was trained, which "
+            "config.json needs; add --context_length."
         )
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error}).") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object.")
-    return {key: value for key, value in values.items() if value is not None}
+    return length
+
+
+def _rope_section(scaling: RopeScaling) -> dict[str, Any] | None:
+    """The key rope_scaling, with the type under both its spellings; no scaling is no section."""
+    if scaling.type == "none":
+        return None
+    given = scaling.model_dump(exclude={"type"}, exclude_none=True)
+    original = given.pop("original_context", None)
+    if scaling.type != "dynamic" and original is not None:
+        given["original_max_position_embeddings"] = original
+    return {"rope_type": scaling.type, "type": scaling.type, **given}
+
+
+def _special_ids(source: Source) -> dict[str, Any]:
+    """Ids of the first and last token of a text; null where unknown, or 1 and 2 are taken."""
+    ends = source.end_ids
+    return {
+        "bos_token_id": source.tokenizer.bos_id if source.tokenizer else None,
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
+    }
+
+
+def _split(tensors: Mapping[str, Stored]) -> Iterator[list[str]]:
+    """Names of each file's tensors, in order; a file is full at MAX_SHARD_BYTES."""
+    part: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.nbytes > MAX_SHARD_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += tensor.nbytes
+    yield part
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -19,6 +19,8 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -202,9 +204,13 @@ def load(checkpoint: Checkpoint, targets: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of each array of a tree, also of Orbax's description of one."""
+    return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Path -> array of a tree, also of Orbax's description of one."""
     leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
-    return {"/".join(map(_key, path)): tuple(leaf.shape) for path, leaf in leaves}
+    return {"/".join(map(_key, path)): leaf for path, leaf in leaves}
 
 
 def _key(key: Any) -> str:
@@ -232,6 +238,42 @@ def load_parameters(path: str | Path, targets: Any) -> Any:
         CheckpointError: no checkpoint is there, it is damaged, or its shapes differ.
     """
     return load(find(path, ["params"]), {"params": targets})["params"]
+
+
+def shapes(checkpoint: Checkpoint, tree: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and type of each array of one of a checkpoint's trees, by its path: layers/..., say.
+
+    Raises:
+        CheckpointError: the checkpoint has no such tree.
+    """
+    saved = ocp.checkpointables_metadata((checkpoint.folder / STATE).absolute()).metadata
+    if tree not in saved:
+        raise CheckpointError(f"{checkpoint.folder}: holds no {tree}, only {', '.join(saved)}.")
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in _leaves(saved[tree]).items()
+    }
+
+
+def load_array(
+    checkpoint: Checkpoint,
+    tree: str,
+    saved: Iterable[str],
+    path: str,
+    target: jax.ShapeDtypeStruct,
+) -> jax.Array:
+    """One array of a tree, by its path, straight to where and as what the target says.
+
+    `saved` are the paths of all arrays of the tree, as `shapes` gives them.
+    """
+    wanted: dict[str, Any] = {}
+    for name in saved:
+        branch, *inner, leaf = wanted, *name.split("/")
+        for key in inner:
+            branch = branch.setdefault(key, {})
+        branch[leaf] = target if name == path else ...  # which Orbax leaves where it is
+    loaded = ocp.load_checkpointables((checkpoint.folder / STATE).absolute(), {tree: wanted})
+    return reduce(getitem, path.split("/"), loaded[tree])
 
 
 def check_unchanged(checkpoint: Checkpoint, config: Schema) -> None:
@@ -280,6 +322,26 @@ def _flat(value: Any, name: str) -> dict[str, Any]:
 
 
 # Writing ------------------------------------------------------------------------------------------
+
+
+def write_parameters(
+    folder: Path, params: Any, progress: Mapping[str, Any], files: Mapping[str, bytes]
+) -> None:
+    """Writes parameters alone as the folder of one step, 0, which everything here can read.
+
+    Args:
+        folder: does not exist yet; it is complete when this returns.
+        params: the parameters, best as jax arrays: Orbax copies numpy ones before it writes.
+        progress: what else belongs to the step, as JSON values.
+        files: name -> bytes of the files beside it, config.yaml among them.
+    """
+    folder.mkdir()
+    ocp.save_checkpointables((folder / STATE).absolute(), {"params": params})
+    record = {"format": FORMAT, "step": 0, **progress}
+    (folder / PROGRESS).write_text(json.dumps(record), encoding="utf-8")
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    _write_manifest(folder)
 
 
 class Writer:
