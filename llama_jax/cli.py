@@ -15,8 +15,10 @@ from pathlib import Path
 
 from llama_jax import config as schema
 from llama_jax import flags, process
+from llama_jax.chat.settings import ChatConfig
 from llama_jax.config import ConfigError, Schema
 from llama_jax.convert.settings import ConvertConfig, VerifyConfig
+from llama_jax.generate.settings import GenerateConfig
 
 DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
 
@@ -25,13 +27,13 @@ DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
 class Command:
     """What a command reads and what it calls: function(config) -> exit code.
 
-    trains: it asks for the same memory at every step.
+    repeats: it asks for the same memory at every step.
     """
 
     schema: type[Schema]
     function: str
     summary: str
-    trains: bool = False
+    repeats: bool = False
 
 
 COMMANDS = {
@@ -39,18 +41,19 @@ COMMANDS = {
         schema.DemoConfig,
         "llama_jax.demo:demo",
         "Train a small Llama on Python's own library and let it write (minutes, two cores).",
-        trains=True,
+        repeats=True,
     ),
     "train": Command(
         schema.TrainConfig,
         "llama_jax.train.loop:train",
         "Pretrain, or continue a run that was stopped: the same command does both.",
-        trains=True,
+        repeats=True,
     ),
     "generate": Command(
-        schema.GenerateConfig,
-        "llama_jax.api:generate_command",
+        GenerateConfig,
+        "llama_jax.generate.command:generate_command",
         "Continue prompts with a model of any format: a run, a checkpoint, a folder, a .gguf.",
+        repeats=True,
     ),
     "convert": Command(
         ConvertConfig,
@@ -62,6 +65,11 @@ COMMANDS = {
         "llama_jax.convert.verify:verify",
         "Compare two models of any format: architecture, tokenizer, tensors, logits.",
     ),
+    "chat": Command(
+        ChatConfig,
+        "llama_jax.chat.terminal:chat",
+        "Talk with a chat model in the terminal.",
+    ),
     "tokenizer train": Command(
         schema.TokenizerTrainConfig,
         "llama_jax.tokenizer.train:train_tokenizer",
@@ -69,7 +77,7 @@ COMMANDS = {
     ),
     "tokenizer inspect": Command(
         schema.TokenizerInspectConfig,
-        "llama_jax.tokenizer.sentencepiece:inspect_tokenizer",
+        "llama_jax.tokenizer.files:inspect_tokenizer",
         "Show a tokenizer, and how it cuts a text.",
     ),
     "data prepare": Command(
@@ -105,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE if not args or args[0] in ("-h", "--help") else BAD_USAGE
         command = COMMANDS[name]
         config = _parse(name, command, rest)
-        if command.trains:
+        if command.repeats:
             process.keep_freed_memory()
         module, function = command.function.split(":")
         return getattr(importlib.import_module(module), function)(config)

@@ -275,7 +275,7 @@ class TokenizerInspectConfig(Schema):
     """Show what a tokenizer holds and how it cuts a text."""
 
     path: str
-    """Tokenizer file, or a folder with a tokenizer.model."""
+    """Tokenizer file, or a folder with a tokenizer.model or tokenizer.json."""
     text: str = "Hello world! Llamas hum 1,234 songs.\n    def f(x): return x"
     """Text to encode."""
 
@@ -286,7 +286,8 @@ class DataPrepareConfig(TextConfig):
     out: str
     """Folder to write; `data.sources` of a training run names it."""
     tokenizer: str
-    """Tokenizer file, or a folder with a tokenizer.model; copied beside the shards."""
+    """Tokenizer file, or a folder with a tokenizer.model or tokenizer.json; copied beside the
+    shards."""
     validation_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of the documents kept for validation, chosen by a hash of their text."""
     workers: int = Field(default=0, ge=0)
@@ -356,7 +357,7 @@ class TrainConfig(Schema):
     model: ModelConfig = fixed()
     """Architecture: a name from configs/models, or the fields themselves."""
     tokenizer: str
-    """Tokenizer file; copied into the run (its content must stay the same on resume)."""
+    """Tokenizer file or folder; copied into the run (its content must stay the same on resume)."""
     data: DataConfig
     """What the model reads."""
     steps: int = Field(gt=0)
@@ -410,52 +411,6 @@ class TrainConfig(Schema):
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be smaller than "
                 f"steps ({self.steps})"
             )
-        return self
-
-
-class SamplingConfig(Schema):
-    """How the next token is chosen."""
-
-    max_new_tokens: int = Field(default=128, gt=0)
-    """Most tokens to add to a prompt."""
-    temperature: float = Field(default=0.6, ge=0)
-    """Divides the logits; 0 always takes the likeliest token."""
-    top_k: int = Field(default=0, ge=0)
-    """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = Field(default=0.9, gt=0, le=1)
-    """Keep the likeliest tokens up to and including the one that reaches this probability."""
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    """Keep tokens at least this likely, relative to the likeliest."""
-    seed: int = Field(default=0, ge=0)
-    """Decides the draws: same seed, same text."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer (and are cut from it)."""
-
-
-class GenerateConfig(Schema):
-    """Batch generation from a model."""
-
-    checkpoint: str
-    """A run, a checkpoint, a Hugging Face or Meta folder, or a .gguf file."""
-    prompts: tuple[str, ...] = ()
-    """Texts to continue."""
-    prompts_file: str | None = None
-    """JSONL with a "prompt" in each line."""
-    out: str | None = None
-    """JSONL to write; without it, answers are printed."""
-    stream: bool = True
-    """Print text as it comes (one prompt, no out)."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How the next token is chosen."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights, activations and cache."""
-    mesh: MeshConfig = MeshConfig(rules="decode")
-    """How devices are arranged."""
-
-    @model_validator(mode="after")
-    def _prompts_are_given(self) -> Self:
-        if bool(self.prompts) == bool(self.prompts_file):
-            raise ValueError("give prompts or prompts_file (one of them)")
         return self
 
 

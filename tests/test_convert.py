@@ -23,7 +23,7 @@ from llama_jax.convert import formats, huggingface, names
 from llama_jax.convert.formats import open_source
 from llama_jax.convert.source import DTYPES, Stored, load_params, narrowest
 from llama_jax.model.llama import Llama
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer.sentencepiece import SentencePiece
 from llama_jax.tokenizer.train import train
 from llama_jax.train import checkpoint
 from sharding.mesh import make_mesh
@@ -213,7 +213,7 @@ def test_of_a_layer_only_the_asked_slice_is_touched():
 @pytest.fixture(scope="module")
 def tokenizer():
     words = ["the cat sat on the mat", "abc abd stop here now", "one two three"]
-    return Tokenizer(train(words * 20, vocab_size=300), "words")
+    return SentencePiece(train(words * 20, vocab_size=300), "words")
 
 
 @pytest.fixture(scope="module")

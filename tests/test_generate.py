@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from parity import load_folder
 
 from llama_jax import tokenizer as tokenizers
-from llama_jax.config import ComputeConfig, ModelConfig, RopeScaling, SamplingConfig
+from llama_jax.config import ComputeConfig, ModelConfig, RopeScaling
 from llama_jax.generate import batch
 from llama_jax.generate.batch import Answer, Request, answer
 from llama_jax.generate.decode import Decoder, Reason, Rows
+from llama_jax.generate.settings import SamplingConfig
 from llama_jax.generate.text import Completion, StopSearch, generate
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama, Output, Params, unstack
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import SentencePiece, Tokenizer
 from llama_jax.tokenizer.train import train
 from sharding.mesh import make_mesh
 from sharding.partition import shardings
@@ -357,7 +358,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt(params: P
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     words = ["the cat sat on the mat", "abc abd stop here now", "one two three"]
-    return Tokenizer(train(words * 20, vocab_size=300), "words")
+    return SentencePiece(train(words * 20, vocab_size=300), "words")
 
 
 @dataclass(frozen=True)

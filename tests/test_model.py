@@ -151,7 +151,7 @@ def test_shapes_and_axes_are_two_plain_trees(head, tied):
 
 def test_the_rules_know_every_axis_of_parameters_and_cache():
     named = {axis for leaf in jax.tree.leaves(MODEL.axes()) for axis in [leaf]}
-    named |= set(KVCache.axes(CONFIG).key)
+    named |= set(KVCache.init(CONFIG, 1, 1).axes.key)
     for rules in PRESETS.values():
         assert named <= {axis for axis, _ in rules.table}
 
@@ -160,7 +160,7 @@ def test_the_rules_know_every_axis_of_parameters_and_cache():
 def test_the_cache_names_its_axes(layout):
     stacked = layout == "stacked"
     cache = jax.eval_shape(lambda: KVCache.init(CONFIG, 5, 7, jnp.bfloat16, stacked=stacked))
-    axes = KVCache.axes(CONFIG, stacked=stacked)
+    axes = KVCache.init(CONFIG, 5, 7, jnp.bfloat16, stacked=stacked).axes
     sizes = {"layers": L, "batch": 5, "kv_seq": 7, "kv_heads": K, "head_dim": H}
     for slabs, names in ((cache.key, axes.key), (cache.value, axes.value)):
         for slab, slab_names in [(slabs, names)] if stacked else zip(slabs, names, strict=True):

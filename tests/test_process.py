@@ -15,31 +15,34 @@ import jax, jax.numpy as jnp
 
 @jax.jit
 def step(x):
-    y = jnp.sort(x)  # a temporary as large as x
-    return y[::-1] @ jnp.sort(y + x)
+    y = jax.lax.optimization_barrier(jnp.cos(x))  # a temporary as large as x
+    return jax.lax.optimization_barrier(y * x)[::-1] @ y
 
-x = jnp.ones(4_000_000)
-for _ in range(3):
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+x = jnp.ones(12_000_000)
+print(min(faults() for _ in range(12)))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_steps_find_the_memory_of_the_steps_before():
-    """Counts pages that the system had to provide: 16 MB are 3,906 of them."""
+    """Counts pages that the system had to provide: 48 MB are 11,718 of them.
 
-    def faults(mode):
+    Of several steps the one with the fewest: a step may begin before the last one's memory is free.
+    """
+
+    def fewest_faults(mode):
         command = [sys.executable, "-c", STEPS, mode]
         environment = {"JAX_PLATFORMS": "cpu", "PATH": ""}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    assert faults("plain") > 10 * 3906
-    assert faults("keep") < 3906
+    assert fewest_faults("plain") > 11718
+    assert fewest_faults("keep") < 100
 
 
 def test_accelerators_are_left_alone(monkeypatch):

@@ -257,7 +257,7 @@ def test_sharded_decoding_equals_the_full_forward_alone(sizes, stacked):
     params = place(parameters(CONFIG), model.axes(), mesh, rules)
     params = params if stacked else unstack(params)
     cache = KVCache.init(CONFIG, ROWS, slots, jnp.float32, stacked)
-    cache = place(cache, KVCache.axes(CONFIG, stacked), mesh, rules)
+    cache = place(cache, cache.axes, mesh, rules)
     share = bytes_per_device(cache)
 
     @quick_jit

@@ -140,5 +140,5 @@ def _check_tokenizer(stream: Stream, vocab_size: int, fingerprint: str) -> None:
     if meta.tokenizer != fingerprint:
         raise DataError(
             f"{stream.folder}: prepared with another tokenizer ({meta.tokenizer[:12]}) than this "
-            f"run's ({fingerprint[:12]}); use {stream.folder / 'tokenizer.model'}, or prepare anew"
+            f"run's ({fingerprint[:12]}); use the one in {stream.folder}, or prepare anew"
         )

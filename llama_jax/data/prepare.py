@@ -335,7 +335,7 @@ def _start_or_continue(out: Path, settings: dict[str, Any], tokenizer: Tokenizer
         _refuse_other(settings, found, out, "an unfinished corpus made")
     else:
         progress.mkdir(exist_ok=True)
-        write_atomic(out / "tokenizer.model", tokenizer.model)
+        write_atomic(out / tokenizer.file_name, tokenizer.model)
         write_atomic(progress / _SETTINGS, to_json(settings))
     done: list[Shard] = []
     while (entry := _entry(out, len(done))).exists():

@@ -3,7 +3,7 @@
 A corpus is a folder:
 
     meta.json            what it holds; written last, so a folder without it is unfinished
-    tokenizer.model      the tokenizer of these ids
+    tokenizer.model      the tokenizer of these ids (or tokenizer.json)
     quarantine.json      records that were left out, with file, line and reason
     train-00000.tokens   token ids, little-endian uint16 (uint32 above 65,536 pieces)
     train-00000.starts   int64: where each document starts, and behind the last the count of tokens
@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -92,11 +92,11 @@ def file_name(split: Split, number: int, kind: Kind) -> str:
     return f"{split}-{number:05d}.{kind}"
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Writes a file that is either absent, or the old one, or whole, whenever the power fails."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        file.write(content)
+        file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -1,26 +1,35 @@
-"""From requests to answers, tokens in and tokens out: checks, sizes, batches, the host's loop."""
+"""From requests to answers, tokens in and tokens out: checks, sizes, and continuous batching.
 
-from collections.abc import Callable, Sequence
+An `Engine` has a fixed number of rows. A row is given to a request, its prompt is prefilled, all
+rows advance together, and a row that ends is given to the next request at once, while the others go
+on. What a row computes depends on its own request alone.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.config import SamplingConfig
 from llama_jax.generate.decode import Decoder, Reason, Rows
-from llama_jax.generate.sampling import Settings
+from llama_jax.generate.sampling import Report, Settings
+from llama_jax.generate.settings import SamplingConfig
 from llama_jax.model.llama import Llama, Params
 
 FinishReason = Literal["eos", "stop", "length"]
-# (number of the request, its new tokens, whether they are its last) -> None, or how many of these
-# tokens the answer keeps, which then ends.
-Watch = Callable[[int, list[int], bool], int | None]
+# (request, which of its answers, its new tokens, whether they are its last) -> None, or how many of
+# these tokens the answer keeps, which then ends.
+Watch = Callable[[int, int, list[int], bool], int | None]
+# (request, its answers), as soon as all of them have ended.
+OnDone = Callable[[int, "list[Answer]"], None]
 
 FINISHED: dict[int, FinishReason] = {Reason.EOS: "eos", Reason.LENGTH: "length"}
 LEAST_SLOTS = 16
-LARGEST_CHUNK = 512  # positions of prefill computed at a time: scores are rows x heads x this x S
+# Prompts are prefilled in pieces of these lengths: a program for each. The longest bounds the
+# memory of the scores (heads x piece x slots).
+PREFILL = (512, 128, 32)
 WATCHED_STEPS = 8  # steps between looks at watched answers: latency of text against calls
 UNWATCHED_STEPS = 128  # steps that Ctrl-C may have to wait for
 
@@ -29,134 +38,256 @@ UNWATCHED_STEPS = 128  # steps that Ctrl-C may have to wait for
 class Request:
     """A prompt and how to continue it.
 
-    index tells apart requests of one seed: equal requests with different indices draw different
-    answers.
+    ends: ids that end an answer.
+    index: tells apart requests of one seed: equal requests with different indices draw different
+        answers.
     """
 
     tokens: Sequence[int]
     sampling: SamplingConfig
+    ends: Sequence[int] = ()
     index: int = 0
+
+
+class TokenReport(NamedTuple):
+    """The log-probability of a token, and (id, log-probability) of the likeliest beside it."""
+
+    logprob: float
+    likeliest: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Tokens that continue a prompt, without the id that ended them, and why they end."""
+    """Tokens that continue a prompt, without the id that ended them, and why they end.
+
+    logprobs: one for each token, where they were asked for.
+    """
 
     tokens: list[int]
     finish_reason: FinishReason
+    logprobs: list[TokenReport] | None = None
+
+
+class Job(NamedTuple):
+    """One answer to one request."""
+
+    request: int
+    answer: int
 
 
 def answer(
     model: Llama,
     params: Params,
     requests: Sequence[Request],
-    ends: Sequence[int] = (),
+    *,
+    n_ids: int | None = None,
     max_length: int | None = None,
     batch_size: int = 32,
+    cache_dtype: str | None = None,
     watch: Watch | None = None,
-) -> list[Answer]:
-    """Continues every prompt; the answers are in the order of the requests.
+    on_done: OnDone | None = None,
+) -> list[list[Answer]]:
+    """Continues every prompt: for each request, in order, as many answers as its sampling.n says.
 
-    A row's answer depends on its own request alone, up to the rounding of sums that are as long as
-    the batch decides. Stop strings are not looked at here: see text.generate.
+    A request's answers depend on it alone, up to the rounding of sums that are as long as the
+    engine's sizes decide. Stop strings are not looked at here: see text.generate.
 
     Args:
-        model: its compute dtype is that of the cache too.
-        params: stacked or unstacked; in the compute dtype, or they are cast at every step.
+        params: stacked, or in the layout of model.layout.for_decoding; in the compute dtype.
         requests: prompts of any lengths, each with its settings.
-        ends: ids that end an answer.
+        n_ids: ids below this may be drawn; None for the whole vocabulary.
         max_length: most tokens of a prompt and its answer; with dynamic rope scaling also the
             length that decides the frequencies, and so required.
         batch_size: most rows computed at a time.
+        cache_dtype: type of keys and values; int8 halves the memory of bf16. None: that of the
+            compute dtype, but fp32 on a CPU, which computes narrow ones slowly.
         watch: sees the tokens of every answer as they come, and may end it.
+        on_done: gets the answers of a request when the last of them has ended.
 
     Raises:
         ValueError: a prompt is empty, does not leave room within max_length or holds an id outside
             the vocabulary; `ends` does; max_length or batch_size is not positive.
         FloatingPointError: logits are not finite.
     """
-    _check(model, requests, ends, max_length, batch_size)
-    answers: list[Answer] = []
-    for start in range(0, len(requests), batch_size):
-        group = range(start, min(start + batch_size, len(requests)))
-        answers += _answer_group(model, params, requests, group, ends, max_length, watch)
-    return answers
+    n_ids = n_ids or model.config.vocab_size
+    check(model, requests, max_length, batch_size)
+    answers: list[list[Answer | None]] = [[None] * request.sampling.n for request in requests]
+    if not requests:
+        return []
+    engine = Engine(
+        model, params, requests, n_ids, max_length, batch_size, cache_dtype or _cache_dtype(model)
+    )
+    for job, found in engine.run(watch):
+        answers[job.request][job.answer] = found
+        if on_done and None not in answers[job.request]:
+            on_done(job.request, [a for a in answers[job.request] if a])
+    return [[a for a in group if a] for group in answers]
 
 
-def _answer_group(
-    model: Llama,
-    params: Params,
-    requests: Sequence[Request],
-    group: range,
-    ends: Sequence[int],
-    max_length: int | None,
-    watch: Watch | None,
-) -> list[Answer]:
-    """The answers to requests[i] for i in group, all in one batch."""
-    decoder = Decoder(model)
-    rows = _rows(model, [requests[i] for i in group], ends, max_length)
-    seen = [len(requests[i].tokens) for i in group]
-    chunk = min(_power_of_two(max(*seen, LEAST_SLOTS)), LARGEST_CHUNK)
-    state = decoder.prefill(params, rows, chunk)
+class Engine:
+    """Rows on the device, and which job each of them has."""
 
-    answers: list[list[int]] = [[] for _ in group]
-    finished: list[FinishReason | None] = [None] * len(group)
-    steps = np.int32(WATCHED_STEPS if watch else UNWATCHED_STEPS)
-    while not all(finished):
-        state = decoder.advance(params, state, steps)
-        tokens, lengths, reasons = jax.device_get(
-            (state.rows.tokens, state.rows.lengths, state.rows.reasons)
+    def __init__(
+        self,
+        model: Llama,
+        params: Params,
+        requests: Sequence[Request],
+        n_ids: int,
+        max_length: int | None,
+        batch_size: int,
+        cache_dtype: str,
+        continuous: bool = True,
+    ):
+        """Args as for `answer`. Not continuous: rows are given out when all have ended."""
+        self._params = params
+        self._requests = requests
+        self._continuous = continuous
+        self._limits = [_limit(request, max_length) for request in requests]
+        jobs = [Job(i, k) for i, r in enumerate(requests) for k in range(r.sampling.n)]
+        self._waiting = deque(jobs)
+        rows = _row_count(model, min(len(jobs), batch_size))
+        # Dynamic scaling turns keys by angles that depend on the slots: their number is not ours.
+        fixed = max_length if model.config.rope_scaling.type == "dynamic" else None
+        self.slots = fixed or _slots(max(self._limits))
+        self._ends = max((len(request.ends) for request in requests), default=0)
+        self.decoder = Decoder(model, n_ids)
+        stacked = not isinstance(params["layers"], tuple)
+        self._state = self.decoder.start(rows, self.slots, self._ends, cache_dtype, stacked)
+        self._jobs: list[Job | None] = [None] * rows
+        self._contexts: list[int | None] = [None] * rows  # request whose prompt a row's cache holds
+        self._seen = [0] * rows
+        self._answers: list[list[int]] = [[] for _ in range(rows)]
+
+    def run(self, watch: Watch | None = None) -> Iterator[tuple[Job, Answer]]:
+        """Every job with its answer, as they end."""
+        while self._waiting or any(self._jobs):
+            self._fill()
+            yield from self._advance(watch)
+
+    def _fill(self) -> None:
+        """Gives free rows to waiting jobs."""
+        if not self._continuous and any(self._jobs):
+            return
+        for row, held in enumerate(self._jobs):
+            if held is None and self._waiting:
+                self._begin(row, self._waiting.popleft())
+
+    def _begin(self, row: int, job: Job) -> None:
+        request = self._requests[job.request]
+        if self._contexts[row] != job.request:
+            if job.request in self._contexts:
+                source = self._contexts.index(job.request)
+                self._state = self.decoder.copy_context(
+                    self._state, np.int32(source), np.int32(row)
+                )
+            else:
+                self._prefill(row, request.tokens[:-1])
+            self._contexts[row] = job.request
+        self._state = self.decoder.admit(self._state, np.int32(row), self._row_of(request, job))
+        self._jobs[row], self._seen[row], self._answers[row] = job, len(request.tokens), []
+
+    def _prefill(self, row: int, context: Sequence[int]) -> None:
+        start = 0
+        for size in pieces(len(context)):
+            piece = np.zeros(size, np.int32)
+            part = context[start : start + size]
+            piece[: len(part)] = part
+            self._state = self.decoder.prefill(
+                self._params, self._state, np.int32(row), piece, np.int32(start)
+            )
+            start += size
+
+    def _row_of(self, request: Request, job: Job) -> Rows:
+        tokens = np.zeros((1, self.slots), np.int32)
+        tokens[0, : len(request.tokens)] = request.tokens
+        ends = np.full((1, self._ends), -1, np.int32)
+        ends[0, : len(request.ends)] = request.ends
+        length = np.array([len(request.tokens)], np.int32)
+        return Rows(
+            tokens=tokens,  # type: ignore[arg-type]
+            lengths=length,  # type: ignore[arg-type]
+            prompts=length,  # type: ignore[arg-type]
+            limits=np.array([self._limits[job.request]], np.int32),  # type: ignore[arg-type]
+            reasons=np.array([Reason.RUNNING], np.int32),  # type: ignore[arg-type]
+            ends=ends,  # type: ignore[arg-type]
+            settings=Settings.of([request.sampling], [request.index], [job.answer]),
+            report=Report.empty((1, self.slots)),
         )
-        for row, number in enumerate(group):
-            if finished[row]:
-                continue  # a stopped row goes on beside the others, unseen
+
+    def _advance(self, watch: Watch | None) -> Iterator[tuple[Job, Answer]]:
+        """Some steps, and what has ended in them."""
+        running = sum(job is not None for job in self._jobs)
+        # With others waiting, the first row that ends is worth coming back for.
+        least = running if self._waiting and self._continuous else 1
+        steps = WATCHED_STEPS if watch else UNWATCHED_STEPS
+        self._state = self.decoder.advance(
+            self._params, self._state, np.int32(steps), np.int32(least)
+        )
+        rows = self._state.rows
+        tokens, lengths, reasons = jax.device_get((rows.tokens, rows.lengths, rows.reasons))
+        for row, job in enumerate(self._jobs):
+            if job is None:
+                continue
             if reasons[row] == Reason.NOT_FINITE:
                 raise FloatingPointError(
-                    f"prompt {number}: the logits after {lengths[row]} tokens are not finite; the "
-                    f"parameters are damaged, or too large for {model.compute.dtype}"
+                    f"prompt {job.request}: the logits after {lengths[row]} tokens are not finite; "
+                    f"the parameters are damaged, or too large for the compute dtype"
                 )
-            new = tokens[row, seen[row] : lengths[row]].tolist()
-            finished[row] = FINISHED.get(reasons[row])
-            kept = watch(number, new, finished[row] is not None) if watch else None
+            new = tokens[row, self._seen[row] : lengths[row]].tolist()
+            self._seen[row] = int(lengths[row])
+            reason = FINISHED.get(reasons[row])
+            kept = watch(job.request, job.answer, new, reason is not None) if watch else None
             if kept is not None:
-                new, finished[row] = new[:kept], "stop"
-            answers[row] += new
-        seen = lengths
-    return [Answer(ids, reason) for ids, reason in zip(answers, finished, strict=True) if reason]
+                if reason is None:
+                    self._release(row)
+                new, reason = new[:kept], "stop"
+            self._answers[row] += new
+            if reason is not None:
+                self._jobs[row] = None
+                yield job, Answer(self._answers[row], reason, self._logprobs(row, job))
+
+    def _release(self, row: int) -> None:
+        """Makes a row stop that would go on."""
+        free = Rows.free(1, self.slots, self._ends)
+        self._state = self.decoder.admit(self._state, np.int32(row), free)
+
+    def _logprobs(self, row: int, job: Job) -> list[TokenReport] | None:
+        request = self._requests[job.request]
+        wanted = request.sampling.logprobs
+        if wanted is None:
+            return None
+        start = len(request.tokens)
+        places = slice(start, start + len(self._answers[row]))
+        report = self._state.rows.report
+        chosen, ids, values = jax.device_get(
+            (report.chosen[row, places], report.ids[row, places], report.values[row, places])
+        )
+        ids, values = ids.tolist(), values.tolist()
+        return [
+            TokenReport(
+                float(one), list(zip(i[:wanted].tolist(), v[:wanted].tolist(), strict=True))
+            )
+            for one, i, v in zip(chosen, ids, values, strict=True)
+        ]
 
 
-def _rows(
-    model: Llama, requests: Sequence[Request], ends: Sequence[int], max_length: int | None
-) -> Rows:
-    """The requests as rows, filled up with rows that have ended already."""
-    lengths = [len(request.tokens) for request in requests]
-    limits = [
-        length + request.sampling.max_new_tokens
-        for length, request in zip(lengths, requests, strict=True)
-    ]
-    if max_length is not None:
-        limits = [min(limit, max_length) for limit in limits]
-    # Dynamic scaling turns keys by angles that depend on the slots: their number is not ours then.
-    fixed = max_length if model.config.rope_scaling.type == "dynamic" else None
-    slots = fixed or _slots(max(limits))
+def pieces(length: int) -> Iterator[int]:
+    """Lengths out of PREFILL that cover a context: a piece is at least three quarters full, but for
+    the shortest."""
+    while length > 0:
+        size = next((size for size in PREFILL[:-1] if 4 * length >= 3 * size), PREFILL[-1])
+        yield size
+        length -= size
 
-    count, real = _row_count(model, len(requests)), len(requests)
-    idle = SamplingConfig(temperature=0)
-    spare = count - real
-    tokens = np.zeros((count, slots), np.int32)
-    for row, request in enumerate(requests):
-        tokens[row, : lengths[row]] = request.tokens
-    return Rows(
-        tokens=jnp.asarray(tokens),
-        lengths=jnp.array([*lengths, *[1] * spare], jnp.int32),
-        limits=jnp.array([*limits, *[1] * spare], jnp.int32),
-        reasons=jnp.array([Reason.RUNNING] * real + [Reason.LENGTH] * spare, jnp.int32),
-        ends=jnp.broadcast_to(jnp.array(ends, jnp.int32), (count, len(ends))),
-        settings=Settings.of(
-            [request.sampling for request in requests] + [idle] * spare,
-            [request.index for request in requests] + [0] * spare,
-        ),
-    )
+
+def _limit(request: Request, max_length: int | None) -> int:
+    """The length at which an answer to the request ends."""
+    limit = len(request.tokens) + request.sampling.max_new_tokens
+    return limit if max_length is None else min(limit, max_length)
+
+
+def _cache_dtype(model: Llama) -> str:
+    return "float32" if jax.default_backend() == "cpu" else model.compute.dtype
 
 
 def _row_count(model: Llama, requests: int) -> int:
@@ -178,14 +309,11 @@ def _slots(length: int) -> int:
     return max(-(-length // step) * step, LEAST_SLOTS)
 
 
-def _check(
-    model: Llama,
-    requests: Sequence[Request],
-    ends: Sequence[int],
-    max_length: int | None,
-    batch_size: int,
+def check(
+    model: Llama, requests: Sequence[Request], max_length: int | None, batch_size: int
 ) -> None:
     """Raises ValueError for what jax would clamp, wrap or allocate without a word."""
+    vocab = model.config.vocab_size
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length is {max_length}: a prompt and an answer need at least 2")
     if max_length is None and model.config.rope_scaling.type == "dynamic":
@@ -194,7 +322,6 @@ def _check(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give at least 1")
-    _check_ids("the end ids", ends, model.config.vocab_size)
     most = np.iinfo(np.int32).max if max_length is None else max_length
     for number, request in enumerate(requests):
         name = f"prompt {number}"
@@ -205,7 +332,8 @@ def _check(
                 f"{name} has {len(request.tokens)} tokens, which leaves no room for an answer "
                 f"within max_length {most}; shorten it, or raise max_length"
             )
-        _check_ids(name, request.tokens, model.config.vocab_size)
+        _check_ids("the end ids", request.ends, vocab)
+        _check_ids(name, request.tokens, vocab)
         total = len(request.tokens) + request.sampling.max_new_tokens
         if max_length is None and total > most:
             raise ValueError(

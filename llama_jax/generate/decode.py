@@ -1,9 +1,9 @@
-"""The decoding loop as a value: a frozen object of statics, a state, one compiled while_loop.
+"""The decoding loop as a value: a frozen object of statics, a state, and its compiled functions.
 
 A row is a prompt and its growing answer, kept at their positions in one array. The step feeds the
 last token of every row and writes the next one behind it; `prefill` stores the tokens before the
-last one. So every row is at a length of its own, all sampling happens in one place, and a batch of
-ragged prompts needs no special case.
+last one. So every row is at a length of its own, all sampling happens in one place, and rows begin
+and end at any time, beside rows that go on.
 
 Everything that a request may choose is an array. What compiles anew: another model, another number
 of rows, of slots or of stop ids, another chunk of prefill, another mesh.
@@ -19,19 +19,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llama_jax.generate.sampling import Settings, sample
+from llama_jax.generate.sampling import Report, Settings, choose
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama, Params
 from sharding.constrain import constrain
 
 
 class Reason(IntEnum):
-    """Why a row no longer grows."""
+    """Why a row does not grow."""
 
     RUNNING = 0
     EOS = 1  # it drew one of its end ids, which is not kept
     LENGTH = 2  # it reached its limit
     NOT_FINITE = 3  # its logits were NaN or infinite
+    FREE = 4  # no request has it
 
 
 @jax.tree_util.register_dataclass
@@ -41,18 +42,37 @@ class Rows:
 
     tokens: (B, S) int32, prompt and answer; what lies beyond a row's length means nothing.
     lengths: (B,) int32, tokens so far, at least 1.
+    prompts: (B,) int32, how many of them are the prompt.
     limits: (B,) int32, the length at which a row ends, at most S.
     reasons: (B,) int32, a Reason.
-    ends: (B, E) int32, ids that end a row.
+    ends: (B, E) int32, ids that end a row; unused places hold -1.
     settings: how tokens are chosen.
+    report: (B, S, ...), log-probabilities of the tokens of rows that ask for them.
     """
 
     tokens: jax.Array
     lengths: jax.Array
+    prompts: jax.Array
     limits: jax.Array
     reasons: jax.Array
     ends: jax.Array
     settings: Settings
+    report: Report
+
+    @staticmethod
+    def free(count: int, slots: int, ends: int) -> "Rows":
+        """Rows without requests."""
+        ones = jnp.ones(count, jnp.int32)
+        return Rows(
+            tokens=jnp.zeros((count, slots), jnp.int32),
+            lengths=ones,
+            prompts=ones,
+            limits=ones,
+            reasons=jnp.full(count, Reason.FREE, jnp.int32),
+            ends=jnp.full((count, ends), -1, jnp.int32),
+            settings=Settings.idle(count),
+            report=Report.empty((count, slots)),
+        )
 
     @property
     def running(self) -> jax.Array:
@@ -73,48 +93,70 @@ class State:
 class Decoder:
     """The compiled functions of generation; hashable, so it is its own key of compilation.
 
-    Under `jax.set_mesh` the state is laid out as the model's rules say.
+    Under `jax.set_mesh` the state is laid out as the model's rules say. Every function that takes a
+    state donates it: its memory becomes the result's.
+
+    n_ids: ids that may be drawn, the tokenizer's; a model's vocabulary may be padded beyond them.
     """
 
     model: Llama
+    n_ids: int
 
-    @partial(jax.jit, static_argnames=("self", "chunk"))
-    def prefill(self, params: Params, rows: Rows, chunk: int) -> State:
-        """Stores all tokens but each row's last in a new cache, `chunk` positions at a time.
-
-        Parameters unstacked get an unstacked cache. Memory for scores is that of one chunk, however
-        long the prompts are.
-        """
-        B, S = rows.tokens.shape
-        stacked = not isinstance(params["layers"], tuple)
-        cache = KVCache.init(self.model.config, B, S, self.model.compute.dtype, stacked)
-        context_B = rows.lengths - 1
-
-        def fill(i: jax.Array, cache: KVCache) -> KVCache:
-            positions_T = i * chunk + jnp.arange(chunk)
-            tokens_BT = rows.tokens.at[:, positions_T].get(mode="fill", fill_value=0)
-            segments_BT = (positions_T < context_B[:, None]).astype(jnp.int32)
-            positions_BT = jnp.broadcast_to(positions_T, (B, chunk))
-            output = self.model.apply(
-                params, tokens_BT, positions_BT, segments_BT, cache, head="none"
-            )
-            assert output.cache is not None  # one went in
-            return output.cache
-
-        state = self._placed(State(rows, cache))
-        chunks = -(-jnp.max(context_B) // chunk)
-        return replace(state, cache=lax.fori_loop(0, chunks, fill, state.cache))
+    @partial(jax.jit, static_argnames=("self", "rows", "slots", "ends", "cache_dtype", "stacked"))
+    def start(self, rows: int, slots: int, ends: int, cache_dtype: str, stacked: bool) -> State:
+        """A state without requests; `stacked` as the parameters' layers are."""
+        cache = KVCache.init(self.model.config, rows, slots, cache_dtype, stacked)
+        return self._placed(State(Rows.free(rows, slots, ends), cache))
 
     @partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
-    def advance(self, params: Params, state: State, steps: jax.Array) -> State:
-        """Runs until every row has ended, at most `steps` steps (int32).
+    def prefill(
+        self, params: Params, state: State, row: jax.Array, tokens_T: jax.Array, start: jax.Array
+    ) -> State:
+        """Stores the tokens at positions start, start + 1, ... of one row.
 
-        `state` is donated: its memory becomes the result's.
+        Tokens beyond the row's context may follow: what they store is overwritten before any query
+        sees it; what does not fit into the cache is dropped.
         """
+        positions_BT = start + jnp.arange(tokens_T.shape[0])[None]
+        output = self.model.apply(
+            params,
+            tokens_T[None],
+            positions_BT,
+            cache=state.cache,
+            head="none",
+            rows_B=row[None],
+        )
+        assert output.cache is not None  # one went in
+        return replace(state, cache=output.cache)
+
+    @partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
+    def admit(self, state: State, row: jax.Array, request: Rows) -> State:
+        """Gives a row to a request (Rows of one row), whose context is or will be prefilled."""
+        rows = jax.tree.map(
+            lambda all_rows, one: lax.dynamic_update_slice_in_dim(all_rows, one, row, 0),
+            state.rows,
+            request,
+        )
+        return replace(state, rows=rows)
+
+    @partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
+    def copy_context(self, state: State, source: jax.Array, row: jax.Array) -> State:
+        """Makes the cache of `row` that of `source`."""
+
+        def copy(slab: jax.Array) -> jax.Array:
+            axis = 1 if state.cache.stacked else 0
+            part = lax.dynamic_slice_in_dim(slab, source, 1, axis)
+            return lax.dynamic_update_slice_in_dim(slab, part, row, axis)
+
+        return replace(state, cache=jax.tree.map(copy, state.cache))
+
+    @partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
+    def advance(self, params: Params, state: State, steps: jax.Array, least: jax.Array) -> State:
+        """Runs while at least `least` rows (int32) are running, at most `steps` steps (int32)."""
 
         def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
             step, state = carry
-            return (step < steps) & jnp.any(state.rows.running)
+            return (step < steps) & (jnp.sum(state.rows.running) >= least)
 
         def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
             step, state = carry
@@ -127,18 +169,16 @@ class Decoder:
         rows = state.rows
         B, S = rows.tokens.shape
         last_B1 = rows.lengths[:, None] - 1
+        # A row that has ended stores its last token again, where nobody sees it.
         output = self.model.apply(
-            params,
-            jnp.take_along_axis(rows.tokens, last_B1, axis=1),
-            last_B1,
-            # Padding is not stored: rows that have ended leave their cache alone.
-            segments_BT=rows.running[:, None].astype(jnp.int32),
-            cache=state.cache,
+            params, jnp.take_along_axis(rows.tokens, last_B1, axis=1), last_B1, cache=state.cache
         )
         assert output.cache is not None  # one went in
         # Whole along the vocabulary: sampling reduces over it many times.
         logits_BV = constrain(output.value[:, 0], ("batch", None), self.model.rules)
-        next_B = sample(logits_BV, rows.settings, rows.lengths)
+        next_B, report = choose(
+            logits_BV[:, : self.n_ids], rows.settings, rows.tokens, rows.lengths, rows.prompts
+        )
 
         finite_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))  # a NaN is the largest of all
         ends_B = jnp.any(next_B[:, None] == rows.ends, axis=-1)
@@ -151,9 +191,15 @@ class Decoder:
         reasons_B = jnp.where(~finite_B, Reason.NOT_FINITE, reasons_B)
         reasons_B = jnp.where(rows.running, reasons_B, rows.reasons)
 
-        is_next_BS = jnp.arange(S) == rows.lengths[:, None]  # beyond an ended row: means nothing
-        tokens_BS = jnp.where(is_next_BS, next_B[:, None], rows.tokens)
-        rows = replace(rows, tokens=tokens_BS, lengths=lengths_B, reasons=reasons_B)
+        here_BS = jnp.arange(S) == rows.lengths[:, None]  # beyond an ended row: means nothing
+        tokens_BS = jnp.where(here_BS, next_B[:, None], rows.tokens)
+        rows = replace(
+            rows,
+            tokens=tokens_BS,
+            lengths=lengths_B,
+            reasons=reasons_B,
+            report=rows.report.put(here_BS, report),
+        )
         return State(rows, output.cache)
 
     def _placed(self, state: State) -> State:
@@ -166,8 +212,7 @@ class Decoder:
         def place_slab(x: jax.Array, axes: Sequence[str]) -> jax.Array:
             return constrain(x, tuple(axes), rules)
 
-        stacked = not isinstance(state.cache.key, tuple)
-        axes: Any = KVCache.axes(self.model.config, stacked)
+        axes: Any = state.cache.axes
         return State(
             jax.tree.map(place_row, state.rows), jax.tree.map(place_slab, state.cache, axes)
         )

@@ -9,6 +9,7 @@ the highest down: 30 passes over the row for a weight, 15 to 17 for a token. On 
 tenth of the time of a sort.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llama_jax.config import SamplingConfig
+from llama_jax.generate.settings import ALTERNATIVES, SamplingConfig
 
 WEIGHT_BITS = 30  # weights are floats in [0, 1], whose bit patterns are integers below 2**30
 
@@ -27,40 +28,199 @@ WEIGHT_BITS = 30  # weights are floats in [0, 1], whose bit patterns are integer
 class Settings:
     """Sampling settings of B rows, each field of shape (B,).
 
-    temperature (0: the likeliest token), top_k (0: all), top_p and min_p are as in SamplingConfig.
-    seed, and index (which answer to that seed the row is), decide the row's draws.
+    The fields of SamplingConfig of the same names; temperature 0 takes the likeliest token, top_k
+    and no_repeat_ngram 0 are off, logprobs -1 asks for none. seed, and index x
     """
 
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
+    repetition_penalty: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
+    no_repeat_ngram: jax.Array
+    logprobs: jax.Array
     seed: jax.Array
     index: jax.Array
+    answer: jax.Array
 
     @staticmethod
-    def of(configs: Sequence[SamplingConfig], indices: Sequence[int]) -> "Settings":
+    def of(
+        configs: Sequence[SamplingConfig], indices: Sequence[int], answers: Sequence[int]
+    ) -> "Settings":
         """Settings of rows from their configs.
 
         Raises:
-            ValueError: a seed or an index does not fit 32 bits, the width of jax's random keys.
+            ValueError: an index does not fit 32 bits, the width of jax's random keys.
         """
-        seeds = [c.seed for c in configs]
-        for name, numbers in (("seed", seeds), ("index", indices)):
-            outside = [n for n in numbers if not 0 <= n < 2**32]
-            if outside:
-                raise ValueError(f"{name} {outside[0]} is out of range: use 0 to {2**32 - 1}")
+        outside = [n for n in indices if not 0 <= n < 2**32]
+        if outside:
+            raise ValueError(f"index {outside[0]} is out of range: use 0 to {2**32 - 1}")
         least, hottest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
         # Below the least normal number devices disagree on what is zero.
         heats = [min(c.temperature, hottest) if c.temperature >= least else 0.0 for c in configs]
+        largest = 2**31 - 1
         return Settings(
             temperature=jnp.array(heats, jnp.float32),
-            top_k=jnp.array([min(c.top_k, 2**31 - 1) for c in configs], jnp.int32),
+            top_k=jnp.array([min(c.top_k, largest) for c in configs], jnp.int32),
             top_p=jnp.array([c.top_p for c in configs], jnp.float32),
             min_p=jnp.array([c.min_p for c in configs], jnp.float32),
-            seed=jnp.array(seeds, jnp.uint32),
+            repetition_penalty=jnp.array([c.repetition_penalty for c in configs], jnp.float32),
+            presence_penalty=jnp.array([c.presence_penalty for c in configs], jnp.float32),
+            frequency_penalty=jnp.array([c.frequency_penalty for c in configs], jnp.float32),
+            no_repeat_ngram=jnp.array(
+                [min(c.no_repeat_ngram, largest) for c in configs], jnp.int32
+            ),
+            logprobs=jnp.array(
+                [-1 if c.logprobs is None else c.logprobs for c in configs], jnp.int32
+            ),
+            seed=jnp.array([c.seed for c in configs], jnp.uint32),
             index=jnp.array(indices, jnp.uint32),
+            answer=jnp.array(answers, jnp.uint32),
         )
+
+    @staticmethod
+    def idle(count: int) -> "Settings":
+        """Settings of rows without requests: they ask for no work."""
+        return Settings.of([SamplingConfig(temperature=0)] * count, [0] * count, [0] * count)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Report:
+    """Log-probabilities of tokens, in the model's own distribution, and of the likeliest ones.
+
+    chosen: (...) fp32. ids, values: (..., ALTERNATIVES), likeliest first.
+    """
+
+    chosen: jax.Array
+    ids: jax.Array
+    values: jax.Array
+
+    @staticmethod
+    def empty(shape: tuple[int, ...]) -> "Report":
+        """Of tokens that nobody has asked about."""
+        some = (*shape, ALTERNATIVES)
+        return Report(jnp.zeros(shape), jnp.zeros(some, jnp.int32), jnp.zeros(some))
+
+    def put(self, here_BS: jax.Array, new: "Report") -> "Report":
+        """These (B, S) with `new` (B) where here_BS is true."""
+
+        def put(old: jax.Array, value: jax.Array) -> jax.Array:
+            here = here_BS.reshape(*here_BS.shape, *(1,) * (old.ndim - 2))
+            return jnp.where(here, value[:, None], old)
+
+        return jax.tree.map(put, self, new)
+
+
+def choose(
+    logits_BV: jax.Array,
+    settings: Settings,
+    tokens_BS: jax.Array,
+    lengths_B: jax.Array,
+    prompts_B: jax.Array,
+) -> tuple[jax.Array, Report]:
+    """The next token of every row, (B,) int32, and its log-probability where a row asks for it.
+
+    First the penalties, then the n-grams that may not come again, then `sample`: the order of
+    transformers.
+
+    Args:
+        logits_BV: of the token after the last.
+        tokens_BS: the rows' texts: of each its first lengths_B tokens, of which prompts_B are the
+            prompt.
+    """
+
+    def penalised(logits_BV: jax.Array) -> jax.Array:
+        return penalise(logits_BV, settings, tokens_BS, lengths_B, prompts_B)
+
+    def unrepeated(logits_BV: jax.Array) -> jax.Array:
+        return ban_repeats(logits_BV, settings.no_repeat_ngram, tokens_BS, lengths_B)
+
+    def reported(token_B: jax.Array) -> Report:
+        return report(logits_BV, token_B)
+
+    def unreported(token_B: jax.Array) -> Report:
+        return Report.empty(token_B.shape)
+
+    def same(logits_BV: jax.Array) -> jax.Array:
+        return logits_BV
+
+    changes = (
+        (settings.repetition_penalty != 1)
+        | (settings.presence_penalty != 0)
+        | (settings.frequency_penalty != 0)
+    )
+    allowed_BV = lax.cond(jnp.any(changes), penalised, same, logits_BV)
+    allowed_BV = lax.cond(jnp.any(settings.no_repeat_ngram > 0), unrepeated, same, allowed_BV)
+    token_B = sample(allowed_BV, settings, lengths_B)
+    return token_B, lax.cond(jnp.any(settings.logprobs >= 0), reported, unreported, token_B)
+
+
+def penalise(
+    logits_BV: jax.Array,
+    settings: Settings,
+    tokens_BS: jax.Array,
+    lengths_B: jax.Array,
+    prompts_B: jax.Array,
+) -> jax.Array:
+    """Logits with the penalties for tokens that have come before.
+
+    The repetition penalty divides positive and multiplies negative logits of every token of the
+    text, prompt included (CTRL, arXiv 1909.05858, section 4.1, as transformers computes it). Of
+    tokens of the answer, frequency_penalty times their count and, once, presence_penalty are
+    subtracted (the OpenAI API's definition).
+    """
+    V = logits_BV.shape[1]
+    places_S = jnp.arange(tokens_BS.shape[1])
+    in_text_BS = places_S < lengths_B[:, None]
+    in_answer_BS = in_text_BS & (places_S >= prompts_B[:, None])
+    seen_BV = _count(tokens_BS, in_text_BS, V) > 0
+    counts_BV = _count(tokens_BS, in_answer_BS, V)
+    factor_B1 = settings.repetition_penalty[:, None]
+    repeated_BV = jnp.where(logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1)
+    logits_BV = jnp.where(seen_BV, repeated_BV, logits_BV)
+    logits_BV -= settings.frequency_penalty[:, None] * counts_BV
+    return logits_BV - settings.presence_penalty[:, None] * (counts_BV > 0)
+
+
+def ban_repeats(
+    logits_BV: jax.Array, n_B: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array
+) -> jax.Array:
+    """Logits with -inf for tokens that would end an n-gram the text already has; n = 0: none."""
+    V = logits_BV.shape[1]
+    places_S = jnp.arange(tokens_BS.shape[1])
+
+    def compare(j: jax.Array, repeats_BS: jax.Array) -> jax.Array:
+        """Whether also the j-th token before a place is the j-th last of the text."""
+        last_B1 = jnp.take_along_axis(tokens_BS, lengths_B[:, None] - 1 - j, axis=1, mode="clip")
+        before_BS = jnp.roll(tokens_BS, j + 1, axis=1)
+        same_BS = (before_BS == last_B1) & (places_S > j)
+        return repeats_BS & (same_BS | (j >= n_B - 1)[:, None])
+
+    in_text_BS = (places_S < lengths_B[:, None]) & (n_B > 0)[:, None]
+    repeats_BS = lax.fori_loop(0, jnp.max(n_B) - 1, compare, in_text_BS)
+    return jnp.where(_count(tokens_BS, repeats_BS, V) > 0, -jnp.inf, logits_BV)
+
+
+def report(logits_BV: jax.Array, token_B: jax.Array) -> Report:
+    """Log-probabilities of these tokens and of the likeliest ones."""
+    log_z_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+    chosen_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1) - log_z_B1
+    values, ids = lax.top_k(logits_BV, min(ALTERNATIVES, logits_BV.shape[1]))
+    missing = ((0, 0), (0, ALTERNATIVES - values.shape[1]))
+    values = jnp.pad(values - log_z_B1, missing, constant_values=-jnp.inf)
+    return Report(chosen_B1[:, 0], jnp.pad(ids, missing), values)
+
+
+def _count(tokens_BS: jax.Array, counted_BS: jax.Array, vocab: int) -> jax.Array:
+    """How often each id is among a row's counted tokens, (B, V) int32."""
+
+    def row(tokens_S: jax.Array, counted_S: jax.Array) -> jax.Array:
+        return jnp.zeros(vocab, jnp.int32).at[tokens_S].add(counted_S.astype(jnp.int32))
+
+    return jax.vmap(row)(tokens_BS, counted_BS)
 
 
 def sample(logits_BV: jax.Array, settings: Settings, positions_B: jax.Array) -> jax.Array:
@@ -156,11 +316,12 @@ def draw(w_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
 def uniforms(settings: Settings, positions_B: jax.Array) -> jax.Array:
     """The random numbers in [0, 1) of the rows at these positions, (B,) fp32."""
 
-    def uniform(seed: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        return jax.random.uniform(jax.random.fold_in(key, position))
+    def uniform(seed: jax.Array, *numbers: jax.Array) -> jax.Array:
+        return jax.random.uniform(
+            functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
+        )
 
-    return jax.vmap(uniform)(settings.seed, settings.index, positions_B)
+    return jax.vmap(uniform)(settings.seed, settings.index, settings.answer, positions_B)
 
 
 def _keep(w_BV: jax.Array, least_B1: jax.Array, equals_B: jax.Array) -> jax.Array:

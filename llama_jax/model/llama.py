@@ -23,6 +23,7 @@ from llama_jax.model.ops.attend import Visibility
 from llama_jax.model.ops.norm import rms_norm
 from llama_jax.model.ops.product import product
 from llama_jax.model.ops.rope import rotations
+from llama_jax.model.ops.weight import take
 from llama_jax.model.param import box, fan_in_normal, param, split, stack_boxes
 from sharding.constrain import constrain
 from sharding.rules import Rules
@@ -126,12 +127,14 @@ class Llama:
         segments_BT: jax.Array | None = None,
         cache: KVCache | None = None,
         head: Head = "lm",
+        rows_B: jax.Array | None = None,
     ) -> Output:
         """The forward pass.
 
         positions rise along a row within a document. segments tell documents of a row apart; 0 is
         padding. With a cache the row is one document: segments only mark padding, which is not
-        stored. Ids and positions must be in range: the host checks, since jax does not.
+        stored, and rows_B are the cache's rows that are meant (None: all of them, in order). Ids,
+        positions and rows must be in range: the host checks, since jax does not.
 
         params["layers"] stacked is scanned; a tuple of layers (`unstack`) is unrolled, as the cache
         must then be.
@@ -145,9 +148,9 @@ class Llama:
         cache_length = None if cache is None else cache.max_length
         rotation = rotations(self.config, positions_BT, segments_BT, cache_length)
 
-        x = params["embed"].at[tokens_BT].get(mode="clip").astype(self.compute.dtype)
+        x = take(params["embed"], tokens_BT, self.compute.dtype)
         x = constrain(x, ("batch", "seq", "act_embed"), self.rules)
-        x, cache = self._layers(params["layers"], x, rotation, visibility, cache, slots_BT)
+        x, cache = self._layers(params["layers"], x, rotation, visibility, cache, slots_BT, rows_B)
         x = rms_norm(x, params["final_norm"], self.config.norm_eps)
         return Output(self._head(params, x, head), cache, {})
 
@@ -159,6 +162,7 @@ class Llama:
         visibility: Visibility,
         cache: KVCache | None,
         slots_BT: jax.Array,
+        rows_B: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
         layer = Layer(self.config, self.rules)
 
@@ -168,7 +172,7 @@ class Llama:
             return layer.apply({"params": weights}, x, rotation, visibility, layer_cache)
 
         stacked = not isinstance(layers, tuple)
-        if cache and stacked == isinstance(cache.key, tuple):
+        if cache and stacked != cache.stacked:
             raise ValueError(
                 "layers and cache must both be stacked, or both be unstacked: KVCache.init takes "
                 f"stacked={stacked} for these parameters"
@@ -182,7 +186,7 @@ class Llama:
             def body(carry: tuple[jax.Array, KVCache | None], xs: Any) -> tuple[Any, None]:
                 x, cache = carry
                 weights, depth = xs
-                x, mine = block(x, weights, cache.layer(depth, slots_BT) if cache else None)
+                x, mine = block(x, weights, cache.layer(depth, slots_BT, rows_B) if cache else None)
                 return (x, KVCache(mine.key, mine.value) if mine else None), None
 
             depths = jnp.arange(self.config.n_layers)
@@ -192,7 +196,7 @@ class Llama:
         per_layer = _split_layers(layers) if stacked else layers
         stored = []
         for i, weights in enumerate(per_layer):
-            x, mine = block(x, weights, cache.layer(i, slots_BT) if cache else None)
+            x, mine = block(x, weights, cache.layer(i, slots_BT, rows_B) if cache else None)
             if mine:
                 stored.append(mine)
         if cache:
@@ -206,7 +210,10 @@ class Llama:
             case "scalar":
                 return product("BTD,D->BT", x, params["scalar_head"], jnp.float32)
             case "lm":
-                logits = product("BTD,DV->BTV", x, self.output_weight(params), jnp.float32)
+                if self.config.tie_embeddings:
+                    logits = product("BTD,VD->BTV", x, params["embed"], jnp.float32)
+                else:
+                    logits = product("BTD,DV->BTV", x, params["head"], jnp.float32)
                 return constrain(logits, ("batch", "seq", "act_vocab"), self.rules)
 
     def output_weight(self, params: Params) -> jax.Array:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from llama_jax.model.ops.product import Weight
+
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
@@ -52,8 +54,14 @@ def box(init: Initializer, key: jax.Array, shape: tuple[int, ...], axes: tuple[s
 
 def param(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str, ...]
-) -> jax.Array:
-    """Declares a parameter of a Linen module: name, distribution, shape and axes on one line."""
+) -> Any:
+    """Declares a parameter of a Linen module: name, distribution, shape and axes on one line.
+
+    Where a weight in a layout of model.ops.weight has been given, it is returned as it is.
+    """
+    given = module.get_variable("params", name)
+    if isinstance(given, Weight):
+        return given
     return module.param(name, lambda key: box(init, key, shape, axes))
 
 

@@ -23,7 +23,7 @@ from llama_jax.config import TokenizerTrainConfig
 from llama_jax.data import sources
 from llama_jax.data.shards import write_atomic
 from llama_jax.data.sources import MEBIBYTE, Dropped
-from llama_jax.tokenizer.sentencepiece import Tokenizer, TokenizerError
+from llama_jax.tokenizer import SentencePiece, TokenizerError
 
 # SentencePiece leaves out a line above 4,192 bytes and aborts the process on a word above 65,535
 # characters; 1,000 characters are at most 4,000 bytes.
@@ -49,7 +49,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> int:
         bar.add_task(f"learning {config.vocab_size:,} pieces", total=None)
         lines = (line for text in texts for line in text.decode().split("\n"))
         model = train(lines, config.vocab_size, config.character_coverage)
-    tokenizer = Tokenizer(model, str(out))
+    tokenizer = SentencePiece(model, str(out))
     write_atomic(out, model)
     tokens = sum(len(tokenizer.encode(text.decode())) for text in texts[:100])
     measured = sum(len(text) for text in texts[:100])

@@ -54,7 +54,7 @@ from sharding.rules import PRESETS
 
 DONE, STOPPED = 0, 75
 MOST_SKIPPED_IN_ROW = 3
-CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer.model"
+CHECKPOINTS = "checkpoints"
 BATCH_TYPES = {
     "tokens": jnp.int32,
     "targets": jnp.int32,
@@ -145,7 +145,8 @@ def train(config: TrainConfig) -> int:
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(plan.mesh))
         stop = stack.enter_context(StopRequest())
-        copies = [out / CONFIG, out / TOKENIZER]
+        tokenizer_copy = out / plan.tokenizer.file_name
+        copies = [out / CONFIG, tokenizer_copy]
         writer = stack.enter_context(Writer(out / CHECKPOINTS, config.checkpoint, copies))
         found = checkpoint.newest(out / CHECKPOINTS)
         progress = Progress()
@@ -154,7 +155,7 @@ def train(config: TrainConfig) -> int:
             writer.set_aside_after(found.step)
             progress = Progress(**{name: found.progress[name] for name in Progress._fields})
         schema.save(config, out / CONFIG)
-        (out / TOKENIZER).write_bytes(plan.tokenizer.model)
+        tokenizer_copy.write_bytes(plan.tokenizer.model)
         journal = stack.enter_context(Journal(out, progress.step, config, config.wandb))
         screen = stack.enter_context(Screen(progress.step, config.steps))
         screen.say(introduction(plan, progress))
@@ -301,7 +302,7 @@ def check_resumable(plan: Plan, found: Checkpoint) -> None:
     if found.progress["tokenizer"] != plan.tokenizer.fingerprint:
         raise ConfigError(
             f"{plan.config.tokenizer} is not the tokenizer this run was trained with; that one is "
-            f"{found.folder / TOKENIZER}. Use it, or start a new run in another folder (out)."
+            f"in {found.folder}. Use it, or start a new run in another folder (out)."
         )
 
 

@@ -5,6 +5,7 @@ Multi-head attention is the case n_kv_heads = n_heads, multi-query the case n_kv
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelConfig
@@ -55,9 +56,10 @@ class GroupedQueryAttention(nn.Module):
         q = checkpoint_name(rotate(q, *rotation), "query")
         k = checkpoint_name(rotate(k, *rotation), "key")
         v = checkpoint_name(v, "value")
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if cache is not None:
             cache = cache.write(k, v)
-            k, v = (slab.astype(x_BTD.dtype) for slab in cache.read())
-        attended = attend(q, k, v, visibility)
+            k, v = cache.read(x_BTD.dtype)
+        attended = attend(q.astype(k.dtype), k, v, visibility).astype(x_BTD.dtype)
         y = product("BTNH,NHD->BTD", attended, wo)
         return checkpoint_name(y, "attention_out"), cache

@@ -35,7 +35,7 @@ class Visibility(NamedTuple):
 
 
 def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visibility: Visibility
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visibility: Visibility
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v with N / K query heads per key head; (B, T, N, H).
 
@@ -44,11 +44,11 @@ def attend(
     the keys up to their end, which leaves out most of the scores that causality hides.
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    K = k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     mask_BTS = visibility.mask()
     if visibility.key_positions is not None:
-        return _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS).reshape(q_BTNH.shape)
+        return _attend(q_BTKGH, k_BKSH, v_BKSH, mask_BTS).reshape(q_BTNH.shape)
     size = max(SHORTEST_BLOCK, -(-T // BLOCKS))
     blocks = []
     for start in range(0, T, size):
@@ -56,51 +56,54 @@ def attend(
         mine, before = slice(start, end), slice(0, end)
         blocks.append(
             _attend(
-                q_BTKGH[:, mine], k_BSKH[:, before], v_BSKH[:, before], mask_BTS[:, mine, before]
+                q_BTKGH[:, mine],
+                k_BKSH[:, :, before],
+                v_BKSH[:, :, before],
+                mask_BTS[:, mine, before],
             )
         )
     return jnp.concatenate(blocks, axis=1).reshape(q_BTNH.shape)
 
 
 @jax.custom_vjp
-def _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS):
-    return _forward(q_BTKGH, k_BSKH, v_BSKH, mask_BTS)[0]
+def _attend(q_BTKGH, k_BKSH, v_BKSH, mask_BTS):
+    return _forward(q_BTKGH, k_BKSH, v_BKSH, mask_BTS)[0]
 
 
-def _forward(q_BTKGH, k_BSKH, v_BSKH, mask_BTS):
+def _forward(q_BTKGH, k_BKSH, v_BKSH, mask_BTS):
     """The result is divided by the sum of the weights, T x H numbers, not the weights, T x S.
 
     Axes of results are in the order of the operands', so that none is transposed on the way.
     """
-    scores_BKTGS = product("BTKGH,BSKH->BKTGS", q_BTKGH, k_BSKH, jnp.float32)
+    scores_BKTGS = product("BTKGH,BKSH->BKTGS", q_BTKGH, k_BKSH, jnp.float32)
     scores_BKTGS = jnp.where(mask_BTS[:, None, :, None], scores_BKTGS, jnp.finfo(jnp.float32).min)
     largest = jnp.max(scores_BKTGS, axis=-1, keepdims=True)
     weights = jnp.exp((scores_BKTGS - largest) * q_BTKGH.shape[-1] ** -0.5)
     inverse = 1 / jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(v_BSKH.dtype)
-    y_BKTGH = product("BKTGS,BSKH->BKTGH", weights, v_BSKH, jnp.float32) * inverse
+    weights = weights.astype(v_BKSH.dtype)
+    y_BKTGH = product("BKTGS,BKSH->BKTGH", weights, v_BKSH, jnp.float32) * inverse
     y_BTKGH = checkpoint_name(jnp.moveaxis(y_BKTGH, 2, 1).astype(q_BTKGH.dtype), "attended")
-    return y_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, weights, inverse, y_BTKGH)
+    return y_BTKGH, (q_BTKGH, k_BKSH, v_BKSH, weights, inverse, y_BTKGH)
 
 
 def _backward(residuals, g_BTKGH):
     """d weight = weight (g v - g y), as in FlashAttention (arXiv 2205.14135, appendix B.2)."""
-    q_BTKGH, k_BSKH, v_BSKH, weights, inverse, y_BTKGH = residuals
+    q_BTKGH, k_BKSH, v_BKSH, weights, inverse, y_BTKGH = residuals
     dtype = q_BTKGH.dtype
     g32 = g_BTKGH.astype(jnp.float32)
     shift = jnp.sum(g32 * y_BTKGH.astype(jnp.float32), axis=-1, keepdims=True)
-    gv = product("BTKGH,BSKH->BKTGS", g_BTKGH, v_BSKH, jnp.float32)
+    gv = product("BTKGH,BKSH->BKTGS", g_BTKGH, v_BKSH, jnp.float32)
     scale = q_BTKGH.shape[-1] ** -0.5
     g_scores = weights * ((gv - jnp.moveaxis(shift, 1, 2)) * (inverse * scale))
     g_scores = g_scores.astype(dtype)
     g_y = (g32 * jnp.moveaxis(inverse, 2, 1)).astype(dtype)
-    q_gradient = product("BKTGS,BSKH->BKTGH", g_scores, k_BSKH)
+    q_gradient = product("BKTGS,BKSH->BKTGH", g_scores, k_BKSH)
     k_gradient = product("BTKGH,BKTGS->BKHS", q_BTKGH, g_scores)
     v_gradient = product("BTKGH,BKTGS->BKHS", g_y, weights)
     return (
         jnp.moveaxis(q_gradient, 2, 1),
-        jnp.moveaxis(k_gradient, 3, 1),
-        jnp.moveaxis(v_gradient, 3, 1),
+        jnp.moveaxis(k_gradient, 3, 2),
+        jnp.moveaxis(v_gradient, 3, 2),
         None,
     )
 
