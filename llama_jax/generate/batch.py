@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from llama_jax.generate.decode import Decoder, Reason, Rows
-from llama_jax.generate.sampling import Report, Settings
+from llama_jax.generate.sampling import Settings
 from llama_jax.generate.settings import SamplingConfig
 from llama_jax.model.llama import Llama, Params
 
@@ -29,7 +29,10 @@ FINISHED: dict[int, FinishReason] = {Reason.EOS: "eos", Reason.LENGTH: "length"}
 LEAST_SLOTS = 16
 # Prompts are prefilled in pieces of these lengths: a program for each. The longest bounds the
 # memory of the scores (heads x piece x slots).
-PREFILL = (512, 128, 32)
+PREFILL = (512, 64, 16)
+# What a piece costs, in tokens: at least as much as reading the weights, and a call.
+CALL_COST = 8
+LEAST_COST = {"cpu": 16, "gpu": 256, "tpu": 256}
 WATCHED_STEPS = 8  # steps between looks at watched answers: latency of text against calls
 UNWATCHED_STEPS = 128  # steps that Ctrl-C may have to wait for
 
@@ -151,6 +154,7 @@ class Engine:
         self.slots = fixed or _slots(max(self._limits))
         self._ends = max((len(request.ends) for request in requests), default=0)
         self.decoder = Decoder(model, n_ids)
+        self._free = Rows.free(1, self.slots, self._ends)
         stacked = not isinstance(params["layers"], tuple)
         self._state = self.decoder.start(rows, self.slots, self._ends, cache_dtype, stacked)
         self._jobs: list[Job | None] = [None] * rows
@@ -188,7 +192,7 @@ class Engine:
 
     def _prefill(self, row: int, context: Sequence[int]) -> None:
         start = 0
-        for size in pieces(len(context)):
+        for size in pieces(len(context), LEAST_COST[jax.default_backend()]):
             piece = np.zeros(size, np.int32)
             part = context[start : start + size]
             piece[: len(part)] = part
@@ -211,7 +215,7 @@ class Engine:
             reasons=np.array([Reason.RUNNING], np.int32),  # type: ignore[arg-type]
             ends=ends,  # type: ignore[arg-type]
             settings=Settings.of([request.sampling], [request.index], [job.answer]),
-            report=Report.empty((1, self.slots)),
+            report=self._free.report,
         )
 
     def _advance(self, watch: Watch | None) -> Iterator[tuple[Job, Answer]]:
@@ -248,8 +252,7 @@ class Engine:
 
     def _release(self, row: int) -> None:
         """Makes a row stop that would go on."""
-        free = Rows.free(1, self.slots, self._ends)
-        self._state = self.decoder.admit(self._state, np.int32(row), free)
+        self._state = self.decoder.admit(self._state, np.int32(row), self._free)
 
     def _logprobs(self, row: int, job: Job) -> list[TokenReport] | None:
         request = self._requests[job.request]
@@ -259,23 +262,20 @@ class Engine:
         start = len(request.tokens)
         places = slice(start, start + len(self._answers[row]))
         report = self._state.rows.report
-        chosen, ids, values = jax.device_get(
-            (report.chosen[row, places], report.ids[row, places], report.values[row, places])
+        chosen, ids, values = (
+            np.asarray(x)[row, places].tolist() for x in (report.chosen, report.ids, report.values)
         )
-        ids, values = ids.tolist(), values.tolist()
+        likeliest = [list(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
         return [
-            TokenReport(
-                float(one), list(zip(i[:wanted].tolist(), v[:wanted].tolist(), strict=True))
-            )
-            for one, i, v in zip(chosen, ids, values, strict=True)
+            TokenReport(one, some[:wanted]) for one, some in zip(chosen, likeliest, strict=True)
         ]
 
 
-def pieces(length: int) -> Iterator[int]:
-    """Lengths out of PREFILL that cover a context: a piece is at least three quarters full, but for
-    the shortest."""
+def pieces(length: int, least_cost: int) -> Iterator[int]:
+    """Lengths out of PREFILL that cover a context: next that which costs least for each token."""
     while length > 0:
-        size = next((size for size in PREFILL[:-1] if 4 * length >= 3 * size), PREFILL[-1])
+        costs = {size: max(size, least_cost) + CALL_COST for size in PREFILL}
+        size = min(PREFILL, key=lambda size: costs[size] / min(size, length))
         yield size
         length -= size
 
