@@ -260,14 +260,15 @@ class Engine:
         places = slice(start, start + len(self._answers[row]))
         report = self._state.rows.report
         chosen, ids, values = jax.device_get(
-            (report.chosen[row, places], report.ids[row, places], report.values[row, places])
-        )
-        ids, values = ids.tolist(), values.tolist()
-        return [
-            TokenReport(
-                float(one), list(zip(i[:wanted].tolist(), v[:wanted].tolist(), strict=True))
+            (
+                report.chosen[row, places],
+                report.ids[row, places, :wanted],
+                report.values[row, places, :wanted],
             )
-            for one, i, v in zip(chosen, ids, values, strict=True)
+        )
+        return [
+            TokenReport(one, list(zip(i, v, strict=True)))
+            for one, i, v in zip(chosen.tolist(), ids.tolist(), values.tolist(), strict=True)
         ]
 
 
