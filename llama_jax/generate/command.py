@@ -7,7 +7,7 @@ does what is left, and then writes all answers in order, at once.
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from llama_jax.data.shards import write_atomic
 from llama_jax.generate.batch import TokenReport
 from llama_jax.generate.settings import GenerateConfig, SamplingConfig
 from llama_jax.generate.text import Completion, Prompt
-from llama_jax.tokenizer import DialogError, Tokenizer
+from llama_jax.tokenizer import DialogError, Tokenizer, TokenizerError
 from llama_jax.tokenizer.chat import Message
 
 
@@ -54,7 +54,7 @@ def generate_command(config: GenerateConfig) -> int:
 
     Raises ConfigError naming file and line of a prompt that cannot be used.
     """
-    lines = list(_read(config))
+    origins, lines = zip(*_read(config), strict=True)
     out = Answers(Path(config.out), config) if config.out is not None else None
     if out and out.is_complete:
         print(f"{config.out} is complete already: {len(lines)} answers with the same settings")
@@ -67,18 +67,21 @@ def generate_command(config: GenerateConfig) -> int:
         weights=config.weights,
         rows=min(config.batch_size, answers),
     )
-    prompts = [_prompt(model, line, i, config) for i, line in enumerate(lines)]
+    prompts = [
+        _prompt(model, line, number, origin, config)
+        for number, (origin, line) in enumerate(zip(origins, lines, strict=True))
+    ]
     if out:
         return _to_file(model, prompts, config, out)
     return _to_screen(model, lines, prompts, config)
 
 
-def _read(config: GenerateConfig) -> Iterator[Line]:
-    """What to answer, with all settings."""
+def _read(config: GenerateConfig) -> Iterator[tuple[str, Line]]:
+    """What to answer, with all settings; each after the file and the line that it comes from."""
     defaults = config.sampling.model_dump(exclude_unset=True)
     if config.prompts_file is None:
         for text in config.prompts:
-            yield Line(**{**defaults, "prompt": text})
+            yield "--prompts", Line(**{**defaults, "prompt": text})
         return
     path = Path(config.prompts_file)
     count = 0
@@ -87,7 +90,8 @@ def _read(config: GenerateConfig) -> Iterator[Line]:
             for number, text in enumerate(file, start=1):
                 if text.strip():
                     count += 1
-                    yield _parse(text, defaults, f"{path}, line {number}")
+                    origin = f"{path}, line {number}"
+                    yield origin, _parse(text, defaults, origin)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     if not count:
@@ -104,17 +108,21 @@ def _parse(text: str, defaults: dict[str, Any], origin: str) -> Line:
     return parse(Line, {**defaults, **values}, origin)
 
 
-def _prompt(model: LanguageModel, line: Line, number: int, config: GenerateConfig) -> Prompt:
+def _prompt(
+    model: LanguageModel, line: Line, number: int, origin: str, config: GenerateConfig
+) -> Prompt:
     """The line for the engine. A seed of its own decides its draws wherever the line stands."""
     index = 0 if "seed" in line.model_fields_set - config.sampling.model_fields_set else number
-    if line.prompt is not None:
-        return Prompt(line.prompt, line, model.end_ids, index)
-    messages: list[Message] = [m.model_dump() for m in line.messages or ()]
     try:
-        ids = model.tokenizer.encode_chat(messages, config.chat_format)
-    except DialogError as error:
-        raise ConfigError(f"{config.prompts_file}, prompt {number}: {error}") from error
-    return Prompt(ids, line, model.chat_end_ids, index)
+        if line.prompt is not None:
+            ids, ends = model.tokenizer.encode(line.prompt, bos=True), model.end_ids
+        else:
+            messages: list[Message] = [m.model_dump() for m in line.messages or ()]
+            ids = model.tokenizer.encode_chat(messages, config.chat_format)
+            ends = model.chat_end_ids
+    except (DialogError, TokenizerError) as error:
+        raise ConfigError(f"{origin}: {error}") from error
+    return Prompt(ids, line, ends, index)
 
 
 def _to_file(
@@ -148,7 +156,7 @@ def _to_file(
 
 
 def _to_screen(
-    model: LanguageModel, lines: list[Line], prompts: list[Prompt], config: GenerateConfig
+    model: LanguageModel, lines: Sequence[Line], prompts: list[Prompt], config: GenerateConfig
 ) -> int:
     console = Console(highlight=False, soft_wrap=True)
 
@@ -209,24 +217,24 @@ class Answers:
     """
 
     def __init__(self, path: Path, config: GenerateConfig):
-        """Raises ConfigError where the file exists and was made with other prompts or settings."""
+        """Raises ConfigError where answers to other prompts, or with other settings, lie there."""
         self._path = path
         self._partial = path.with_name(f".{path.name}.partial")
         self._settings = path.with_name(f"{path.name}.config.json")
         identity = json.dumps(_identity(config), indent=1, ensure_ascii=False)
         same = self._settings.exists() and self._settings.read_text("utf-8") == identity
-        if path.exists() and not same:
-            raise ConfigError(
-                f"{path} exists and was made with other prompts or settings; give another name, or "
-                "remove it"
-            )
+        for kept in (path, self._partial):
+            if not same and kept.exists() and kept.stat().st_size:
+                raise ConfigError(
+                    f"{kept} exists and was made with other prompts or settings; give another "
+                    "name, or remove it"
+                )
         self.is_complete = path.exists()
         self.done: dict[int, tuple[int, int]] = {}  # number -> where its line begins and ends
         if self.is_complete:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if not same:
-            self._partial.unlink(missing_ok=True)
             write_atomic(self._settings, identity.encode())
         self._file = self._partial.open("ab+")
         self._file.truncate(self._read())

@@ -200,7 +200,9 @@ def ban_repeats(
         return repeats_BS & (same_BS | (j >= n_B - 1)[:, None])
 
     in_text_BS = (places_S < lengths_B[:, None]) & (n_B > 0)[:, None]
-    repeats_BS = lax.fori_loop(0, jnp.max(n_B) - 1, compare, in_text_BS)
+    # No text has an n-gram longer than itself: after S comparisons none is left.
+    comparisons = jnp.minimum(jnp.max(n_B) - 1, tokens_BS.shape[1])
+    repeats_BS = lax.fori_loop(0, comparisons, compare, in_text_BS)
     return jnp.where(_count(tokens_BS, repeats_BS, V) > 0, -jnp.inf, logits_BV)
 
 
