@@ -7,65 +7,33 @@ on. What a row computes depends on its own request alone.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from llama_jax.generate.decode import Decoder, Reason, Rows
-from llama_jax.generate.sampling import Report, Settings
-from llama_jax.generate.settings import SamplingConfig
+from llama_jax.generate.request import (
+    FINISHED,
+    Answer,
+    FinishReason,
+    Request,
+    logprobs_of,
+    not_finite,
+    prefill,
+    row_of,
+)
 from llama_jax.model.llama import Llama, Params
 
-FinishReason = Literal["eos", "stop", "length"]
 # (request, which of its answers, its new tokens, whether they are its last) -> None, or how many of
 # these tokens the answer keeps, which then ends.
 Watch = Callable[[int, int, list[int], bool], int | None]
 # (request, its answers), as soon as all of them have ended.
-OnDone = Callable[[int, "list[Answer]"], None]
+OnDone = Callable[[int, list[Answer]], None]
 
-FINISHED: dict[int, FinishReason] = {Reason.EOS: "eos", Reason.LENGTH: "length"}
 LEAST_SLOTS = 16
-# Prompts are prefilled in pieces of these lengths: a program for each. The longest bounds the
-# memory of the scores (heads x piece x slots).
-PREFILL = (512, 128, 32)
 WATCHED_STEPS = 8  # steps between looks at watched answers: latency of text against calls
 UNWATCHED_STEPS = 128  # steps that Ctrl-C may have to wait for
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and how to continue it.
-
-    ends: ids that end an answer.
-    index: tells apart requests of one seed: equal requests with different indices draw different
-        answers.
-    """
-
-    tokens: Sequence[int]
-    sampling: SamplingConfig
-    ends: Sequence[int] = ()
-    index: int = 0
-
-
-class TokenReport(NamedTuple):
-    """The log-probability of a token, and (id, log-probability) of the likeliest beside it."""
-
-    logprob: float
-    likeliest: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Tokens that continue a prompt, without the id that ended them, and why they end.
-
-    logprobs: one for each token, where they were asked for.
-    """
-
-    tokens: list[int]
-    finish_reason: FinishReason
-    logprobs: list[TokenReport] | None = None
 
 
 class Job(NamedTuple):
@@ -181,38 +149,14 @@ class Engine:
                     self._state, np.int32(source), np.int32(row)
                 )
             else:
-                self._prefill(row, request.tokens[:-1])
+                self._state = prefill(self.decoder, self._params, self._state, row, request)
             self._contexts[row] = job.request
-        self._state = self.decoder.admit(self._state, np.int32(row), self._row_of(request, job))
+        self._state = self.decoder.admit(self._state, np.int32(row), self._row_of(job))
         self._jobs[row], self._seen[row], self._answers[row] = job, len(request.tokens), []
 
-    def _prefill(self, row: int, context: Sequence[int]) -> None:
-        start = 0
-        for size in pieces(len(context)):
-            piece = np.zeros(size, np.int32)
-            part = context[start : start + size]
-            piece[: len(part)] = part
-            self._state = self.decoder.prefill(
-                self._params, self._state, np.int32(row), piece, np.int32(start)
-            )
-            start += size
-
-    def _row_of(self, request: Request, job: Job) -> Rows:
-        tokens = np.zeros((1, self.slots), np.int32)
-        tokens[0, : len(request.tokens)] = request.tokens
-        ends = np.full((1, self._ends), -1, np.int32)
-        ends[0, : len(request.ends)] = request.ends
-        length = np.array([len(request.tokens)], np.int32)
-        return Rows(
-            tokens=tokens,  # type: ignore[arg-type]
-            lengths=length,  # type: ignore[arg-type]
-            prompts=length,  # type: ignore[arg-type]
-            limits=np.array([self._limits[job.request]], np.int32),  # type: ignore[arg-type]
-            reasons=np.array([Reason.RUNNING], np.int32),  # type: ignore[arg-type]
-            ends=ends,  # type: ignore[arg-type]
-            settings=Settings.of([request.sampling], [request.index], [job.answer]),
-            report=Report.empty((1, self.slots)),
-        )
+    def _row_of(self, job: Job) -> Rows:
+        request, limit = self._requests[job.request], self._limits[job.request]
+        return row_of(request, job.answer, limit, self.slots, self._ends)
 
     def _advance(self, watch: Watch | None) -> Iterator[tuple[Job, Answer]]:
         """Some steps, and what has ended in them."""
@@ -229,10 +173,7 @@ class Engine:
             if job is None:
                 continue
             if reasons[row] == Reason.NOT_FINITE:
-                raise FloatingPointError(
-                    f"prompt {job.request}: the logits after {lengths[row]} tokens are not finite; "
-                    f"the parameters are damaged, or too large for the compute dtype"
-                )
+                raise not_finite(job.request, lengths[row])
             new = tokens[row, self._seen[row] : lengths[row]].tolist()
             self._seen[row] = int(lengths[row])
             reason = FINISHED.get(reasons[row])
@@ -244,40 +185,18 @@ class Engine:
             self._answers[row] += new
             if reason is not None:
                 self._jobs[row] = None
-                yield job, Answer(self._answers[row], reason, self._logprobs(row, job))
+                yield job, self._answer(row, job, reason)
+
+    def _answer(self, row: int, job: Job, reason: FinishReason) -> Answer:
+        tokens, report = self._answers[row], self._state.rows.report
+        return Answer(
+            tokens, reason, logprobs_of(self._requests[job.request], report, row, len(tokens))
+        )
 
     def _release(self, row: int) -> None:
         """Makes a row stop that would go on."""
         free = Rows.free(1, self.slots, self._ends)
         self._state = self.decoder.admit(self._state, np.int32(row), free)
-
-    def _logprobs(self, row: int, job: Job) -> list[TokenReport] | None:
-        request = self._requests[job.request]
-        wanted = request.sampling.logprobs
-        if wanted is None:
-            return None
-        start = len(request.tokens)
-        places = slice(start, start + len(self._answers[row]))
-        report = self._state.rows.report
-        chosen, ids, values = jax.device_get(
-            (report.chosen[row, places], report.ids[row, places], report.values[row, places])
-        )
-        ids, values = ids.tolist(), values.tolist()
-        return [
-            TokenReport(
-                float(one), list(zip(i[:wanted].tolist(), v[:wanted].tolist(), strict=True))
-            )
-            for one, i, v in zip(chosen, ids, values, strict=True)
-        ]
-
-
-def pieces(length: int) -> Iterator[int]:
-    """Lengths out of PREFILL that cover a context: a piece is at least three quarters full, but for
-    the shortest."""
-    while length > 0:
-        size = next((size for size in PREFILL[:-1] if 4 * length >= 3 * size), PREFILL[-1])
-        yield size
-        length -= size
 
 
 def _limit(request: Request, max_length: int | None) -> int:

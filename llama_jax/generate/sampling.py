@@ -29,7 +29,8 @@ class Settings:
     """Sampling settings of B rows, each field of shape (B,).
 
     The fields of SamplingConfig of the same names; temperature 0 takes the likeliest token, top_k
-    and no_repeat_ngram 0 are off, logprobs -1 asks for none. seed, and index x
+    and no_repeat_ngram 0 are off, logprobs -1 asks for none. seed, index (of the request) and
+    answer (which of its answers) decide the draws.
     """
 
     temperature: jax.Array
@@ -123,8 +124,7 @@ def choose(
 ) -> tuple[jax.Array, Report]:
     """The next token of every row, (B,) int32, and its log-probability where a row asks for it.
 
-    First the penalties, then the n-grams that may not come again, then `sample`: the order of
-    transformers.
+    First `allow`, then `sample`: the order of transformers.
 
     Args:
         logits_BV: of the token after the last.
@@ -132,17 +132,34 @@ def choose(
             prompt.
     """
 
-    def penalised(logits_BV: jax.Array) -> jax.Array:
-        return penalise(logits_BV, settings, tokens_BS, lengths_B, prompts_B)
-
-    def unrepeated(logits_BV: jax.Array) -> jax.Array:
-        return ban_repeats(logits_BV, settings.no_repeat_ngram, tokens_BS, lengths_B)
-
     def reported(token_B: jax.Array) -> Report:
         return report(logits_BV, token_B)
 
     def unreported(token_B: jax.Array) -> Report:
         return Report.empty(token_B.shape)
+
+    allowed_BV = allow(logits_BV, settings, tokens_BS, lengths_B, prompts_B)
+    token_B = sample(allowed_BV, settings, lengths_B)
+    return token_B, lax.cond(jnp.any(settings.logprobs >= 0), reported, unreported, token_B)
+
+
+def allow(
+    logits_BV: jax.Array,
+    settings: Settings,
+    tokens_BS: jax.Array,
+    lengths_B: jax.Array,
+    prompts_B: jax.Array,
+) -> jax.Array:
+    """Logits after what their rows' texts change in them: `penalise`, then `ban_repeats`.
+
+    Args as for `choose`. Work that no row asks for is skipped.
+    """
+
+    def penalised(logits_BV: jax.Array) -> jax.Array:
+        return penalise(logits_BV, settings, tokens_BS, lengths_B, prompts_B)
+
+    def unrepeated(logits_BV: jax.Array) -> jax.Array:
+        return ban_repeats(logits_BV, settings.no_repeat_ngram, tokens_BS, lengths_B)
 
     def same(logits_BV: jax.Array) -> jax.Array:
         return logits_BV
@@ -152,10 +169,8 @@ def choose(
         | (settings.presence_penalty != 0)
         | (settings.frequency_penalty != 0)
     )
-    allowed_BV = lax.cond(jnp.any(changes), penalised, same, logits_BV)
-    allowed_BV = lax.cond(jnp.any(settings.no_repeat_ngram > 0), unrepeated, same, allowed_BV)
-    token_B = sample(allowed_BV, settings, lengths_B)
-    return token_B, lax.cond(jnp.any(settings.logprobs >= 0), reported, unreported, token_B)
+    logits_BV = lax.cond(jnp.any(changes), penalised, same, logits_BV)
+    return lax.cond(jnp.any(settings.no_repeat_ngram > 0), unrepeated, same, logits_BV)
 
 
 def penalise(
