@@ -6,12 +6,13 @@ on. What a row computes depends on its own request alone.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from llama_jax.generate import beam
 from llama_jax.generate.decode import Decoder, Reason, Rows
 from llama_jax.generate.request import (
     FINISHED,
@@ -58,7 +59,8 @@ def answer(
     """Continues every prompt: for each request, in order, as many answers as its sampling.n says.
 
     A request's answers depend on it alone, up to the rounding of sums that are as long as the
-    engine's sizes decide. Stop strings are not looked at here: see text.generate.
+    engine's sizes decide. Requests for beam search follow those for sampling. Stop strings are not
+    looked at here: see text.generate.
 
     Args:
         params: stacked, or in the layout of model.layout.for_decoding; in the compute dtype.
@@ -78,18 +80,54 @@ def answer(
         FloatingPointError: logits are not finite.
     """
     n_ids = n_ids or model.config.vocab_size
-    check(model, requests, max_length, batch_size)
-    answers: list[list[Answer | None]] = [[None] * request.sampling.n for request in requests]
+    check(model, requests, n_ids, max_length, batch_size)
     if not requests:
         return []
-    engine = Engine(
-        model, params, requests, n_ids, max_length, batch_size, cache_dtype or _cache_dtype(model)
-    )
-    for job, found in engine.run(watch):
-        answers[job.request][job.answer] = found
-        if on_done and None not in answers[job.request]:
-            on_done(job.request, [a for a in answers[job.request] if a])
+    cache_dtype = cache_dtype or _cache_dtype(model)
+    answers: list[list[Answer | None]] = [[None] * request.sampling.n for request in requests]
+
+    def keep(job: Job, found: Answer) -> None:
+        group = answers[job.request]
+        group[job.answer] = found
+        if on_done and None not in group:
+            on_done(job.request, [a for a in group if a])
+
+    if any(request.sampling.num_beams == 1 for request in requests):
+        engine = Engine(model, params, requests, n_ids, max_length, batch_size, cache_dtype)
+        for job, found in engine.run(watch):
+            keep(job, found)
+    for job, found in _search(model, params, requests, n_ids, max_length, cache_dtype):
+        kept = watch(job.request, job.answer, found.tokens, True) if watch else None
+        keep(job, found if kept is None else found.cut(kept))
     return [[a for a in group if a] for group in answers]
+
+
+def _search(
+    model: Llama,
+    params: Params,
+    requests: Sequence[Request],
+    n_ids: int,
+    max_length: int | None,
+    cache_dtype: str,
+) -> Iterator[tuple[Job, Answer]]:
+    """The answers to the requests for beam search, one request after the other."""
+    searches = {i: request for i, request in enumerate(requests) if request.sampling.num_beams > 1}
+    limits = {i: _limit(request, max_length) for i, request in searches.items()}
+    slots = _slot_count(model, limits.values(), max_length)
+    ends = max((len(request.ends) for request in searches.values()), default=0)
+    for i, request in searches.items():
+        found = beam.search(
+            Decoder(model, n_ids),
+            params,
+            request,
+            limits[i],
+            number=i,
+            width=_row_count(model, request.sampling.num_beams),
+            slots=slots,
+            ends=ends,
+            cache_dtype=cache_dtype,
+        )
+        yield from ((Job(i, k), one) for k, one in enumerate(found))
 
 
 class Engine:
@@ -106,17 +144,22 @@ class Engine:
         cache_dtype: str,
         continuous: bool = True,
     ):
-        """Args as for `answer`. Not continuous: rows are given out when all have ended."""
+        """Args as for `answer`; requests for beam search are left out. Not continuous: rows are
+        given out when all have ended."""
         self._params = params
         self._requests = requests
         self._continuous = continuous
         self._limits = [_limit(request, max_length) for request in requests]
-        jobs = [Job(i, k) for i, r in enumerate(requests) for k in range(r.sampling.n)]
+        jobs = [
+            Job(i, k)
+            for i, request in enumerate(requests)
+            for k in range(request.sampling.n)
+            if request.sampling.num_beams == 1
+        ]
         self._waiting = deque(jobs)
         rows = _row_count(model, min(len(jobs), batch_size))
-        # Dynamic scaling turns keys by angles that depend on the slots: their number is not ours.
-        fixed = max_length if model.config.rope_scaling.type == "dynamic" else None
-        self.slots = fixed or _slots(max(self._limits))
+        limits = [self._limits[job.request] for job in jobs]
+        self.slots = _slot_count(model, limits, max_length)
         self._ends = max((len(request.ends) for request in requests), default=0)
         self.decoder = Decoder(model, n_ids)
         stacked = not isinstance(params["layers"], tuple)
@@ -222,6 +265,13 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _slot_count(model: Llama, limits: Iterable[int], max_length: int | None) -> int:
+    """Slots for rows that end at these lengths."""
+    # Dynamic scaling turns keys by angles that depend on the slots: their number is not ours.
+    fixed = max_length if model.config.rope_scaling.type == "dynamic" else None
+    return fixed or _slots(max(limits, default=1))
+
+
 def _slots(length: int) -> int:
     """`length` rounded up to one of four sizes per doubling: few programs, at most a fifth idle."""
     step = max(_power_of_two(length) // 8, LEAST_SLOTS // 4)
@@ -229,7 +279,11 @@ def _slots(length: int) -> int:
 
 
 def check(
-    model: Llama, requests: Sequence[Request], max_length: int | None, batch_size: int
+    model: Llama,
+    requests: Sequence[Request],
+    n_ids: int,
+    max_length: int | None,
+    batch_size: int,
 ) -> None:
     """Raises ValueError for what jax would clamp, wrap or allocate without a word."""
     vocab = model.config.vocab_size
@@ -250,6 +304,11 @@ def check(
             raise ValueError(
                 f"{name} has {len(request.tokens)} tokens, which leaves no room for an answer "
                 f"within max_length {most}; shorten it, or raise max_length"
+            )
+        if request.sampling.num_beams > 1 and request.sampling.n > n_ids:
+            raise ValueError(
+                f"{name}: n is {request.sampling.n}, but beam search over {n_ids} ids may find no "
+                "more hypotheses than that"
             )
         _check_ids("the end ids", request.ends, vocab)
         _check_ids(name, request.tokens, vocab)

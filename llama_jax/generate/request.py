@@ -1,7 +1,7 @@
 """Requests and answers, and how both lie in the rows of a decoder."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -53,6 +53,11 @@ class Answer:
     finish_reason: FinishReason
     logprobs: list[TokenReport] | None = None
     rounds: int | None = None
+
+    def cut(self, count: int) -> "Answer":
+        """The answer stopped after `count` tokens."""
+        logprobs = None if self.logprobs is None else self.logprobs[:count]
+        return replace(self, tokens=self.tokens[:count], finish_reason="stop", logprobs=logprobs)
 
 
 def row_of(request: Request, answer: int, limit: int, slots: int, ends: int) -> Rows:
