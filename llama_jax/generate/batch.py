@@ -7,7 +7,7 @@ on. What a row computes depends on its own request alone.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from llama_jax.generate.request import (
     prefill,
     row_of,
 )
+from llama_jax.generate.speculative import Draft, SpeculativeDecoder
 from llama_jax.model.llama import Llama, Params
 
 # (request, which of its answers, its new tokens, whether they are its last) -> None, or how many of
@@ -53,6 +54,7 @@ def answer(
     max_length: int | None = None,
     batch_size: int = 32,
     cache_dtype: str | None = None,
+    draft: Draft | None = None,
     watch: Watch | None = None,
     on_done: OnDone | None = None,
 ) -> list[list[Answer]]:
@@ -71,12 +73,16 @@ def answer(
         batch_size: most rows computed at a time.
         cache_dtype: type of keys and values; int8 halves the memory of bf16. None: that of the
             compute dtype, but fp32 on a CPU, which computes narrow ones slowly.
+        draft: proposes tokens that the model verifies several at a time: greedy answers stay the
+            same, sampled ones are other draws from the same distributions. Beam search goes
+            without.
         watch: sees the tokens of every answer as they come, and may end it.
         on_done: gets the answers of a request when the last of them has ended.
 
     Raises:
         ValueError: a prompt is empty, does not leave room within max_length or holds an id outside
-            the vocabulary; `ends` does; max_length or batch_size is not positive.
+            the vocabulary; `ends` does; max_length or batch_size is not positive; the draft's
+            vocabulary is of another size.
         FloatingPointError: logits are not finite.
     """
     n_ids = n_ids or model.config.vocab_size
@@ -93,7 +99,7 @@ def answer(
             on_done(job.request, [a for a in group if a])
 
     if any(request.sampling.num_beams == 1 for request in requests):
-        engine = Engine(model, params, requests, n_ids, max_length, batch_size, cache_dtype)
+        engine = Engine(model, params, requests, n_ids, max_length, batch_size, cache_dtype, draft)
         for job, found in engine.run(watch):
             keep(job, found)
     for job, found in _search(model, params, requests, n_ids, max_length, cache_dtype):
@@ -142,11 +148,18 @@ class Engine:
         max_length: int | None,
         batch_size: int,
         cache_dtype: str,
+        draft: Draft | None = None,
         continuous: bool = True,
     ):
         """Args as for `answer`; requests for beam search are left out. Not continuous: rows are
         given out when all have ended."""
-        self._params = params
+        self.decoder: Decoder | SpeculativeDecoder
+        self._params: Any
+        if draft is None:
+            self.decoder, self._params = Decoder(model, n_ids), params
+        else:
+            self.decoder = SpeculativeDecoder(model, draft.model, n_ids, draft.tokens)
+            self._params = params, draft.params
         self._requests = requests
         self._continuous = continuous
         self._limits = [_limit(request, max_length) for request in requests]
@@ -161,7 +174,6 @@ class Engine:
         limits = [self._limits[job.request] for job in jobs]
         self.slots = _slot_count(model, limits, max_length)
         self._ends = max((len(request.ends) for request in requests), default=0)
-        self.decoder = Decoder(model, n_ids)
         stacked = not isinstance(params["layers"], tuple)
         self._state = self.decoder.start(rows, self.slots, self._ends, cache_dtype, stacked)
         self._jobs: list[Job | None] = [None] * rows
@@ -231,10 +243,11 @@ class Engine:
                 yield job, self._answer(row, job, reason)
 
     def _answer(self, row: int, job: Job, reason: FinishReason) -> Answer:
-        tokens, report = self._answers[row], self._state.rows.report
-        return Answer(
-            tokens, reason, logprobs_of(self._requests[job.request], report, row, len(tokens))
-        )
+        state, tokens = self._state, self._answers[row]
+        request = self._requests[job.request]
+        logprobs = logprobs_of(request, state.rows.report, row, len(tokens))
+        speculative = isinstance(self.decoder, SpeculativeDecoder)
+        return Answer(tokens, reason, logprobs, int(state.rounds[row]) if speculative else None)
 
     def _release(self, row: int) -> None:
         """Makes a row stop that would go on."""

@@ -279,6 +279,19 @@ def weights(logits_BV: jax.Array, settings: Settings) -> jax.Array:
     return jnp.where(w >= settings.min_p[:, None], w, 0.0)
 
 
+def distribution(logits_BV: jax.Array, settings: Settings) -> jax.Array:
+    """The probabilities (B, V) with which `sample` takes each token; for a greedy row 0 and 1."""
+    one_BV = jax.nn.one_hot(likeliest(logits_BV), logits_BV.shape[1])
+    samples_B = settings.temperature > 0
+
+    def normalised() -> jax.Array:
+        w_BV = weights(logits_BV, settings)
+        return w_BV / jnp.sum(w_BV, axis=-1, keepdims=True)
+
+    drawn_BV = lax.cond(jnp.any(samples_B), normalised, lambda: one_BV)
+    return jnp.where(samples_B[:, None], drawn_BV, one_BV)
+
+
 def keep_top_k(w_BV: jax.Array, k_B: jax.Array) -> jax.Array:
     """Weights with all but the k largest zeroed; k = 0 keeps all. Of equals the lowest ids stay."""
     V = w_BV.shape[1]
@@ -328,13 +341,15 @@ def draw(w_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     return jnp.minimum(token_B, jnp.max(jnp.where(w_BV > 0, ids, 0), axis=-1))
 
 
-def uniforms(settings: Settings, positions_B: jax.Array) -> jax.Array:
-    """The random numbers in [0, 1) of the rows at these positions, (B,) fp32."""
+def uniforms(settings: Settings, positions_B: jax.Array, stream: int = 0) -> jax.Array:
+    """The random numbers in [0, 1) of the rows at these positions, (B,) fp32.
+
+    stream: tells apart several draws at one position.
+    """
 
     def uniform(seed: jax.Array, *numbers: jax.Array) -> jax.Array:
-        return jax.random.uniform(
-            functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
-        )
+        key = functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
+        return jax.random.uniform(jax.random.fold_in(key, stream) if stream else key)
 
     return jax.vmap(uniform)(settings.seed, settings.index, settings.answer, positions_B)
 
