@@ -174,6 +174,7 @@ class Engine:
         limits = [self._limits[job.request] for job in jobs]
         self.slots = _slot_count(model, limits, max_length)
         self._ends = max((len(request.ends) for request in requests), default=0)
+        self._free = Rows.free(1, self.slots, self._ends)
         stacked = not isinstance(params["layers"], tuple)
         self._state = self.decoder.start(rows, self.slots, self._ends, cache_dtype, stacked)
         self._jobs: list[Job | None] = [None] * rows
@@ -211,7 +212,7 @@ class Engine:
 
     def _row_of(self, job: Job) -> Rows:
         request, limit = self._requests[job.request], self._limits[job.request]
-        return row_of(request, job.answer, limit, self.slots, self._ends)
+        return row_of(request, job.answer, limit, self._free)
 
     def _advance(self, watch: Watch | None) -> Iterator[tuple[Job, Answer]]:
         """Some steps, and what has ended in them."""
@@ -251,8 +252,7 @@ class Engine:
 
     def _release(self, row: int) -> None:
         """Makes a row stop that would go on."""
-        free = Rows.free(1, self.slots, self._ends)
-        self._state = self.decoder.admit(self._state, np.int32(row), free)
+        self._state = self.decoder.admit(self._state, np.int32(row), self._free)
 
 
 def _limit(request: Request, max_length: int | None) -> int:

@@ -95,7 +95,7 @@ def search(
     stacked = not isinstance(params["layers"], tuple)
     state = decoder.start(width, slots, ends, cache_dtype, stacked)
     state = prefill(decoder, params, state, 0, request)
-    row = row_of(request, 0, limit, slots, ends)
+    row = row_of(request, 0, limit, Rows.free(1, slots, ends))
     beams = begin(decoder, state, row, np.int32(request.sampling.num_beams))
     while beams.searching:
         beams = advance(decoder, params, beams, np.int32(STEPS))

@@ -193,8 +193,8 @@ def store(
     start: jax.Array,
 ) -> KVCache:
     """The cache with these tokens at positions start, start + 1, ... of one row."""
-    if model.rules is not None:  # one row cannot be split
-        model = replace(model, rules=model.rules.replace(batch=None))
+    # One row cannot be split as a batch is: each part of the mesh computes all of it.
+    model = replace(model, rules=model.rules and model.rules.replace(batch=None))
     positions_BT = start + jnp.arange(tokens_T.shape[0])[None]
     output = model.apply(
         params, tokens_T[None], positions_BT, cache=cache, head="none", rows_B=row[None]

@@ -16,7 +16,10 @@ FinishReason = Literal["eos", "stop", "length"]
 FINISHED: dict[int, FinishReason] = {Reason.EOS: "eos", Reason.LENGTH: "length"}
 # Prompts are prefilled in pieces of these lengths: a program for each. The longest bounds the
 # memory of the scores (heads x piece x slots).
-PREFILL = (512, 128, 32)
+PREFILL = (512, 64, 16)
+# What a piece costs, in tokens: at least as much as reading the weights, and a call.
+CALL_COST = 8
+LEAST_COST = {"cpu": 16, "gpu": 256, "tpu": 256}
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,11 @@ class Answer:
         return replace(self, tokens=self.tokens[:count], finish_reason="stop", logprobs=logprobs)
 
 
-def row_of(request: Request, answer: int, limit: int, slots: int, ends: int) -> Rows:
-    """One row, of `slots` tokens and `ends` end ids, in which the request waits to be continued."""
-    tokens = np.zeros((1, slots), np.int32)
+def row_of(request: Request, answer: int, limit: int, free: Rows) -> Rows:
+    """One row, of the sizes of `free`, in which the request waits to be continued."""
+    tokens, ends = np.zeros(free.tokens.shape, np.int32), np.full(free.ends.shape, -1, np.int32)
     tokens[0, : len(request.tokens)] = request.tokens
-    end_ids = np.full((1, ends), -1, np.int32)
-    end_ids[0, : len(request.ends)] = request.ends
+    ends[0, : len(request.ends)] = request.ends
     length = np.array([len(request.tokens)], np.int32)
     return Rows(
         tokens=tokens,  # type: ignore[arg-type]
@@ -73,9 +75,9 @@ def row_of(request: Request, answer: int, limit: int, slots: int, ends: int) -> 
         prompts=length,  # type: ignore[arg-type]
         limits=np.array([limit], np.int32),  # type: ignore[arg-type]
         reasons=np.array([Reason.RUNNING], np.int32),  # type: ignore[arg-type]
-        ends=end_ids,  # type: ignore[arg-type]
+        ends=ends,  # type: ignore[arg-type]
         settings=Settings.of([request.sampling], [request.index], [answer]),
-        report=Report.empty((1, slots)),
+        report=free.report,
     )
 
 
@@ -108,7 +110,7 @@ def prefill(decoder: Any, params: Any, state: Any, row: int, request: Request) -
     """
     context = request.tokens[:-1]
     start = 0
-    for size in pieces(len(context)):
+    for size in pieces(len(context), LEAST_COST[jax.default_backend()]):
         piece = np.zeros(size, np.int32)
         part = context[start : start + size]
         piece[: len(part)] = part
@@ -117,11 +119,11 @@ def prefill(decoder: Any, params: Any, state: Any, row: int, request: Request) -
     return state
 
 
-def pieces(length: int) -> Iterator[int]:
-    """Lengths out of PREFILL that cover a context: a piece is at least three quarters full, but for
-    the shortest."""
+def pieces(length: int, least_cost: int) -> Iterator[int]:
+    """Lengths out of PREFILL that cover a context: next that which costs least for each token."""
     while length > 0:
-        size = next((size for size in PREFILL[:-1] if 4 * length >= 3 * size), PREFILL[-1])
+        costs = {size: max(size, least_cost) + CALL_COST for size in PREFILL}
+        size = min(PREFILL, key=lambda size: costs[size] / min(size, length))
         yield size
         length -= size
 
