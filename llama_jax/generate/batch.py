@@ -7,6 +7,7 @@ on. What a row computes depends on its own request alone.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -235,13 +236,14 @@ class Engine:
             reason = FINISHED.get(reasons[row])
             kept = watch(job.request, job.answer, new, reason is not None) if watch else None
             if kept is not None:
-                if reason is None:
-                    self._release(row)
                 new, reason = new[:kept], "stop"
             self._answers[row] += new
             if reason is not None:
+                found = self._answer(row, job, reason)
+                if reasons[row] == Reason.RUNNING:
+                    self._release(row, job)
                 self._jobs[row] = None
-                yield job, self._answer(row, job, reason)
+                yield job, found
 
     def _answer(self, row: int, job: Job, reason: FinishReason) -> Answer:
         state, tokens = self._state, self._answers[row]
@@ -250,9 +252,12 @@ class Engine:
         speculative = isinstance(self.decoder, SpeculativeDecoder)
         return Answer(tokens, reason, logprobs, int(state.rounds[row]) if speculative else None)
 
-    def _release(self, row: int) -> None:
+    def _release(self, row: int, job: Job) -> None:
         """Makes a row stop that would go on."""
-        self._state = self.decoder.admit(self._state, np.int32(row), self._free)
+        # An idle row stores its last token again and again: with the prompt as its text, that does
+        # no harm to the prompt's context, which another answer may need.
+        prompt = replace(self._row_of(job), reasons=np.array([Reason.FREE], np.int32))  # type: ignore[arg-type]
+        self._state = self.decoder.admit(self._state, np.int32(row), prompt)
 
 
 def _limit(request: Request, max_length: int | None) -> int:
