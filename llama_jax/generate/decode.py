@@ -69,7 +69,9 @@ class Rows:
             lengths=ones,
             prompts=ones,
             limits=ones,
-            reasons=jnp.full(count, Reason.FREE, jnp.int32),
+            reasons=jnp.full(
+                count, int(Reason.FREE), jnp.int32
+            ),  # an IntEnum would be weakly typed
             ends=jnp.full((count, ends), -1, jnp.int32),
             settings=Settings.idle(count),
             report=Report.empty((count, slots)),
