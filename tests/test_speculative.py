@@ -141,7 +141,7 @@ def test_prompts_of_any_length_go_to_both_models(params: Params) -> None:
 
 V, LENGTH = 5, 4  # all 625 texts are enumerated
 SMALL = CONFIG.model_copy(update={"vocab_size": V, "n_layers": 1, "d_model": 16, "d_ff": 16})
-TINY, TINY_DRAFT = Llama(SMALL), Llama(SMALL.model_copy(update={"n_heads": 2, "d_ff": 8}))
+TINY = Llama(SMALL)
 ROWS = 1 << 14
 
 SAMPLED = [
@@ -233,13 +233,16 @@ def p_value(drawn: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("config", SAMPLED, ids=range(len(SAMPLED)))
 def test_sampled_texts_are_distributed_as_by_the_model_alone(config: SamplingConfig) -> None:
-    own, drafts = make(TINY, 1), make(TINY_DRAFT, 2)
-    decoder = SpeculativeDecoder(TINY, TINY_DRAFT, V, 2)
+    own = make(TINY, 1)
+    drafts = jax.tree.map(lambda x, y: 0.8 * x + 0.2 * y, own, make(TINY, 2))
+    decoder = SpeculativeDecoder(TINY, TINY, V, 2)
     drawn, gain = sampled_texts(decoder, (own, drafts), 3, config)
     found = p_value(drawn, exact_distribution(3, config))
     print(f"p = {found:.3f}, {gain:.2f} tokens to a round")
     assert found > 1e-3
-    assert 1.1 < gain < 2.5  # some proposals are accepted, some are not
+    assert (
+        1.4 < gain < 1.95
+    )  # at most 2, since a text is of 4; some proposals are accepted, some are not
 
 
 def random_distributions(seed: int, *shape: int) -> np.ndarray:

@@ -69,9 +69,8 @@ class Rows:
             lengths=ones,
             prompts=ones,
             limits=ones,
-            reasons=jnp.full(
-                count, int(Reason.FREE), jnp.int32
-            ),  # an IntEnum would be weakly typed
+            # As an IntEnum it would be weakly typed, and compile all that takes it twice.
+            reasons=jnp.full(count, int(Reason.FREE), jnp.int32),
             ends=jnp.full((count, ends), -1, jnp.int32),
             settings=Settings.idle(count),
             report=Report.empty((count, slots)),
