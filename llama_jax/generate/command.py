@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llama_jax.api import LanguageModel, load
 from llama_jax.config import ConfigError, Schema, parse
 from llama_jax.data.shards import write_atomic
-from llama_jax.generate.batch import TokenReport
+from llama_jax.generate.request import TokenReport
 from llama_jax.generate.settings import GenerateConfig, SamplingConfig
 from llama_jax.generate.text import Completion, Prompt
 from llama_jax.tokenizer import DialogError, Tokenizer, TokenizerError

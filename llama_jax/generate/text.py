@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llama_jax.generate.batch import Answer, FinishReason, Request, TokenReport, answer
+from llama_jax.generate.batch import answer
+from llama_jax.generate.request import Answer, FinishReason, Request, TokenReport
 from llama_jax.generate.settings import SamplingConfig
 from llama_jax.model.llama import Llama, Params
 from llama_jax.tokenizer import StreamDecoder, Tokenizer
@@ -35,7 +36,7 @@ class Prompt:
     """A text, which gets a BOS in front, or token ids, taken as they are; and how to continue it.
 
     ends: ids that end an answer.
-    index: as in batch.Request.
+    index: as in request.Request.
     """
 
     content: str | Sequence[int]
