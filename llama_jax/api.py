@@ -26,6 +26,7 @@ from llama_jax.config import (
 from llama_jax.convert.formats import open_source
 from llama_jax.convert.source import load_params
 from llama_jax.generate.text import Completion, generate
+from llama_jax.model.layout import int8_axes, int8_shapes, quantize
 from llama_jax.model.llama import Llama, Params, unstack
 from llama_jax.tokenizer import Tokenizer
 from sharding.mesh import make_mesh
@@ -43,6 +44,7 @@ class LanguageModel:
     params: layers stacked, in the compute dtype, laid out over `mesh`.
     tokenizer: text to ids and back.
     end_ids: ids that end a text.
+    context_length: positions it was trained for; None where the files do not say.
     """
 
     model: Llama
@@ -50,6 +52,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     end_ids: tuple[int, ...]
     mesh: Mesh
+    context_length: int | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -133,6 +136,7 @@ def load(
     path: str | Path,
     dtype: Literal["float32", "bfloat16"] = "float32",
     mesh: MeshConfig = ONE_DEVICE,
+    weights: Literal["as_stored", "int8"] = "as_stored",
 ) -> LanguageModel:
     """A trained model: a run, a checkpoint, a Hugging Face or Meta folder, or a .gguf file.
 
@@ -142,6 +146,8 @@ def load(
         path: the file or folder.
         dtype: of parameters, activations and cache.
         mesh: devices to lay the parameters out over; by default the first one holds all.
+        weights: int8 rounds every matrix to 8 bits and a scale for each output. A checkpoint that
+            was converted so stays so.
 
     Raises:
         ConfigError, CheckpointError or TokenizerError: saying what is missing or wrong.
@@ -152,9 +158,15 @@ def load(
     compute, rules = ComputeConfig(dtype=dtype), PRESETS[mesh.rules]
     model = Llama(source.config, compute, rules)
     devices = make_mesh(mesh.sizes, jax.devices()[:1] if mesh == ONE_DEVICE else None)
-    places = shardings(model.shapes(), model.axes(), devices, rules)
-    params = load_params(source, jnp.dtype(dtype), places)
-    return LanguageModel(model, params, source.tokenizer, source.end_ids, devices)
+    shapes, axes = model.shapes(), model.axes()
+    if source.int8 is not None:
+        shapes, axes = int8_shapes(shapes), int8_axes(axes)
+    params = load_params(source, jnp.dtype(dtype), shardings(shapes, axes, devices, rules))
+    if weights == "int8":
+        params = quantize(params, consume=True)
+    return LanguageModel(
+        model, params, source.tokenizer, source.end_ids, devices, source.context_length
+    )
 
 
 def generate_command(config: GenerateConfig) -> int:

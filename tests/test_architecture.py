@@ -22,7 +22,9 @@ REPOSITORY = Path(__file__).parents[1]
 ROWS = {
     10: ["main"],
     9: ["llama_jax.cli"],
-    8: ["llama_jax.demo", "llama_jax.models", "llama_jax.chat"],  # commands that use everything
+    8: [  # commands that use everything
+        *("llama_jax.demo", "llama_jax.models", "llama_jax.chat", "llama_jax.evaluate.command"),
+    ],
     7: ["llama_jax"],  # __init__.py alone: the api under its short name
     6: ["llama_jax.api"],
     5: ["llama_jax.convert", "llama_jax.evaluate"],
@@ -30,7 +32,7 @@ ROWS = {
         *("llama_jax.train", "llama_jax.generate"),  # these two do not know each other
         "llama_jax.tokenizer.train",  # reads a corpus, while data.prepare reads tokenizers
     ],
-    3: ["llama_jax.data", "llama_jax.model.llama"],
+    3: ["llama_jax.data", "llama_jax.model.llama", "llama_jax.model.layout"],
     2: [
         *("llama_jax.model.attention", "llama_jax.model.feed_forward"),
         *("llama_jax.model.cache", "llama_jax.model.param"),
@@ -40,6 +42,7 @@ ROWS = {
         *("llama_jax.model.ops", "llama_jax.model.count"),
         *("llama_jax.convert.names", "llama_jax.convert.settings"),
         *("llama_jax.chat.settings", "llama_jax.generate.settings"),
+        "llama_jax.evaluate.settings",
         *("llama_jax.flags", "llama_jax.process"),
     ],
     0: ["llama_jax.config", "sharding"],

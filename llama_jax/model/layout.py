@@ -24,13 +24,51 @@ def quantize(params: Params, consume: bool = False) -> Params:
     """The parameters with every matrix in int8 and a scale for each output; norms stay floats.
 
     The weights of an output are rounded to 127 steps of the largest of them: symmetric, without a
-    zero point. With `consume` the given matrices are deleted one by one.
+    zero point. Matrices that are in int8 stay as they are. With `consume` the given matrices are
+    deleted one by one.
+
+    Raises:
+        ValueError: layers are not stacked.
     """
+    if isinstance(params["layers"], tuple):
+        raise ValueError("layers are unstacked: quantise the parameters before that")
 
     def convert(name: str, matrix: Any) -> Any:
         return _int8(_output_major(name, matrix), INPUTS[name])
 
     return _map_matrices(convert, params, consume)
+
+
+def int8_shapes(shapes: Params) -> Params:
+    """The tree of `quantize(params)` as ShapeDtypeStructs, from that of the parameters."""
+
+    def convert(name: str, matrix: Any) -> OutputMajor:
+        values, scale = int8_order(name, matrix.shape)
+        return OutputMajor(
+            jax.ShapeDtypeStruct(values, jnp.int8),  # type: ignore[arg-type]
+            jax.ShapeDtypeStruct(scale, jnp.float32),  # type: ignore[arg-type]
+        )
+
+    return _map_matrices(convert, shapes, consume=False)
+
+
+def int8_axes(axes: Params) -> Params:
+    """The tree of `quantize(params)` with logical axis names, from that of the parameters."""
+
+    def convert(name: str, matrix: Any) -> OutputMajor:
+        return OutputMajor(*int8_order(name, matrix))
+
+    return _map_matrices(convert, axes, consume=False)
+
+
+def int8_order(name: str, axes: Any) -> Any:
+    """Axes of a matrix (sizes, or names) as they are in int8: those of its values and its scale."""
+    inputs, outputs = INPUTS[name], OUTPUTS[name]
+    if name != "embed":
+        stacked = len(axes) - inputs - outputs
+        ins, outs = axes[stacked : stacked + inputs], axes[stacked + inputs :]
+        axes = axes[:stacked] + outs + ins
+    return axes, axes[: len(axes) - inputs]
 
 
 def is_quantized(params: Params) -> bool:
@@ -107,6 +145,8 @@ def _outputs_first(matrix: jax.Array, inputs: int, outputs: int) -> jax.Array:
 
 @partial(jax.jit, static_argnums=1)
 def _int8(weight: OutputMajor, inputs: int) -> OutputMajor:
+    if weight.scale is not None:
+        return weight
     values = weight.values.astype(jnp.float32)
     axes = tuple(range(values.ndim - inputs, values.ndim))
     largest = jnp.max(jnp.abs(values), axis=axes, keepdims=True)
