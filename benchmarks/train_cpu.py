@@ -29,6 +29,7 @@ BATCHES = {"15m": (8, 256), "110m": (2, 1024)}  # rows, tokens of a row
 PEERS = ("ours", "eager", "compile")
 RATE, BETAS, EPS, DECAY, CLIP = 3e-4, (0.9, 0.95), 1e-5, 0.1, 1.0
 WARMUP_STEPS = 2
+PACKAGES = ("jax", "jaxlib", "torch", "transformers")
 
 
 def tokens_of(size, vocab, step):
@@ -244,8 +245,8 @@ def measure(size, precision, rounds, steps):
     }
 
 
-def machine():
-    """What a reader must know to compare figures."""
+def machine(*more):
+    """What a reader must know to compare figures; `more` are packages whose versions matter."""
     flags, model = "", platform.processor()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -256,7 +257,7 @@ def machine():
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
         "instructions": [name for name in known if name in flags.split()],
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "torch", "transformers")},
+        "versions": {name: version(name) for name in (*PACKAGES, *more)},
     }
 
 

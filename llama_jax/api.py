@@ -1,10 +1,7 @@
 """`llama_jax.load(path)`: a trained model as one object, from files of any format."""
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,22 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
 
-from llama_jax.config import (
-    ComputeConfig,
-    ConfigError,
-    GenerateConfig,
-    MeshConfig,
-    ModelConfig,
-    SamplingConfig,
-    parse,
-)
+from llama_jax.config import ComputeConfig, ConfigError, MeshConfig, ModelConfig, parse
 from llama_jax.convert.formats import open_source
 from llama_jax.convert.source import load_params
-from llama_jax.generate.text import Completion, generate
-from llama_jax.model.layout import int8_axes, int8_shapes, quantize
-from llama_jax.model.llama import Llama, Params, unstack
+from llama_jax.generate.settings import GenerateConfig, SamplingConfig
+from llama_jax.generate.text import Completion, OnDone, OnText, Prompt, generate
+from llama_jax.model.layout import for_decoding, int8_axes, int8_shapes, quantize
+from llama_jax.model.llama import Llama, Params
 from llama_jax.tokenizer import Tokenizer
 from sharding.mesh import make_mesh
 from sharding.partition import shardings
@@ -41,7 +30,8 @@ class LanguageModel:
     """Parameters, what they mean, and where they lie.
 
     model: the architecture as a function; config is its ModelConfig.
-    params: layers stacked, in the compute dtype, laid out over `mesh`.
+    params: in the compute dtype or int8, laid out over `mesh` and for decoding on its platform
+        (model.layout).
     tokenizer: text to ids and back.
     end_ids: ids that end a text.
     context_length: positions it was trained for; None where the files do not say.
@@ -52,7 +42,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     end_ids: tuple[int, ...]
     mesh: Mesh
-    context_length: int | None = None
+    context_length: int | None
 
     @property
     def config(self) -> ModelConfig:
@@ -82,6 +72,11 @@ class LanguageModel:
                 self.model, self.params, tokens_BT.astype(np.int32), positions_BT.astype(np.int32)
             )
 
+    @property
+    def chat_end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer in a dialog: a base model's own ends lack the end of a turn."""
+        return tuple(dict.fromkeys((*self.end_ids, *self.tokenizer.eos_ids)))
+
     def generate(
         self,
         prompts: str | Sequence[str | Sequence[int]],
@@ -97,32 +92,46 @@ class LanguageModel:
         Args:
             prompts: a text, texts, or token ids.
             sampling: how tokens are chosen; or give its fields: temperature=0.8, stop=("\\n",).
+                With n answers to a prompt, they follow each other.
             max_length: most tokens of prompt and answer together.
-            batch_size: most prompts computed at a time.
-            on_text: called with (number of the prompt, new text) as text comes.
+            batch_size: most answers computed at a time.
+            on_text: called with (number of the answer, new text) as text comes.
 
         Raises:
             ConfigError: a setting is unknown or out of range.
             ValueError: a prompt is empty, too long or holds an id outside the vocabulary.
         """
-        chosen = {**(sampling or SamplingConfig()).model_dump(), **settings}
+        chosen = parse(
+            SamplingConfig, {**(sampling or SamplingConfig()).model_dump(), **settings}, "sampling"
+        )
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        show = (lambda i, k, text: on_text(i * chosen.n + k, text)) if on_text else None
+        config = GenerateConfig(
+            checkpoint="", prompts=("",), max_length=max_length, batch_size=batch_size
+        )
+        asked = [Prompt(text, chosen, self.end_ids, i) for i, text in enumerate(texts)]
+        return [one for group in self.answer(asked, config, on_text=show) for one in group]
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        settings: GenerateConfig,
+        on_text: OnText | None = None,
+        on_done: OnDone | None = None,
+    ) -> list[list[Completion]]:
+        """Continues every prompt, each with settings of its own: see generate.text.generate."""
         with jax.set_mesh(self.mesh):
             return generate(
                 self.model,
-                self._decoding_params,
+                self.params,
                 self.tokenizer,
-                [prompts] if isinstance(prompts, str) else prompts,
-                parse(SamplingConfig, chosen, "sampling"),
-                ends=self.end_ids,
-                max_length=max_length,
-                batch_size=batch_size,
+                prompts,
                 on_text=on_text,
+                on_done=on_done,
+                max_length=settings.max_length,
+                batch_size=settings.batch_size,
+                cache_dtype=None if settings.cache == "auto" else settings.cache,
             )
-
-    @cached_property
-    def _decoding_params(self) -> Params:
-        """Unstacked on a CPU, where a scan would copy every layer's weights for every token."""
-        return unstack(self.params) if jax.default_backend() == "cpu" else self.params
 
 
 @jax.jit(static_argnums=0)
@@ -136,7 +145,9 @@ def load(
     path: str | Path,
     dtype: Literal["float32", "bfloat16"] = "float32",
     mesh: MeshConfig = ONE_DEVICE,
-    weights: Literal["as_stored", "int8"] = "as_stored",
+    *,
+    weights: Literal["as_dtype", "int8"] = "as_dtype",
+    rows: int = 8,
 ) -> LanguageModel:
     """A trained model: a run, a checkpoint, a Hugging Face or Meta folder, or a .gguf file.
 
@@ -147,7 +158,8 @@ def load(
         dtype: of parameters, activations and cache.
         mesh: devices to lay the parameters out over; by default the first one holds all.
         weights: int8 rounds every matrix to 8 bits and a scale for each output. A checkpoint that
-            was converted so stays so.
+            was converted so is loaded so.
+        rows: how many rows will be decoded at a time, which a CPU's layout is chosen for.
 
     Raises:
         ConfigError, CheckpointError or TokenizerError: saying what is missing or wrong.
@@ -162,75 +174,10 @@ def load(
     if source.int8 is not None:
         shapes, axes = int8_shapes(shapes), int8_axes(axes)
     params = load_params(source, jnp.dtype(dtype), shardings(shapes, axes, devices, rules))
-    if weights == "int8":
-        params = quantize(params, consume=True)
+    with jax.set_mesh(devices):
+        if weights == "int8":
+            params = quantize(params, consume=True)
+        params = for_decoding(params, rows, consume=True)
     return LanguageModel(
         model, params, source.tokenizer, source.end_ids, devices, source.context_length
     )
-
-
-def generate_command(config: GenerateConfig) -> int:
-    """`generate`: prompts from flags or a JSONL file, answers to the screen or a JSONL file."""
-    prompts = list(config.prompts) or _read_prompts(Path(config.prompts_file or ""))
-    language_model = load(config.checkpoint, config.dtype, config.mesh)
-    console = Console(highlight=False, soft_wrap=True)
-    streams = config.stream and len(prompts) == 1 and config.out is None
-    if streams:
-        console.print(prompts[0], end="", markup=False, style="bold")
-    completions = language_model.generate(
-        prompts,
-        config.sampling,
-        on_text=(lambda _, text: console.print(text, end="", markup=False)) if streams else None,
-    )
-    if config.out is not None:
-        _write_answers(Path(config.out), prompts, completions)
-        print(f"{len(completions)} answers in {config.out}")
-        return 0
-    for prompt, completion in zip(prompts, completions, strict=True):
-        if not streams:
-            console.rule()
-            console.print(prompt, end="", markup=False, style="bold")
-            console.print(completion.text, end="", markup=False)
-        console.print(f"\n({len(completion.tokens)} tokens, {completion.finish_reason})")
-    return 0
-
-
-def _read_prompts(path: Path) -> list[str]:
-    """The "prompt" of every line; raises ConfigError naming file and line."""
-    prompts = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str):
-            raise ConfigError(f'{path}, line {number}: expected {{"prompt": "a text"}}')
-        prompts.append(prompt)
-    if not prompts:
-        raise ConfigError(f"{path}: holds no prompts")
-    return prompts
-
-
-def _write_answers(path: Path, prompts: Sequence[str], completions: Sequence[Completion]) -> None:
-    """One JSON line per prompt, in order; the file is complete or absent."""
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as file:
-        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            line = {
-                "index": index,
-                "prompt": prompt,
-                "text": completion.text,
-                "finish_reason": completion.finish_reason,
-                "tokens": len(completion.tokens),
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -19,6 +19,7 @@ from llama_jax.chat.settings import ChatConfig
 from llama_jax.config import ConfigError, Schema
 from llama_jax.convert.settings import ConvertConfig, VerifyConfig
 from llama_jax.evaluate.settings import EvaluateConfig
+from llama_jax.generate.settings import GenerateConfig
 
 DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
 
@@ -27,13 +28,13 @@ DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
 class Command:
     """What a command reads and what it calls: function(config) -> exit code.
 
-    trains: it asks for the same memory at every step.
+    repeats: it asks for the same memory at every step.
     """
 
     schema: type[Schema]
     function: str
     summary: str
-    trains: bool = False
+    repeats: bool = False
 
 
 COMMANDS = {
@@ -41,18 +42,19 @@ COMMANDS = {
         schema.DemoConfig,
         "llama_jax.demo:demo",
         "Train a small Llama on Python's own library and let it write (minutes, two cores).",
-        trains=True,
+        repeats=True,
     ),
     "train": Command(
         schema.TrainConfig,
         "llama_jax.train.loop:train",
         "Pretrain, or continue a run that was stopped: the same command does both.",
-        trains=True,
+        repeats=True,
     ),
     "generate": Command(
-        schema.GenerateConfig,
-        "llama_jax.api:generate_command",
+        GenerateConfig,
+        "llama_jax.generate.command:generate_command",
         "Continue prompts with a model of any format: a run, a checkpoint, a folder, a .gguf.",
+        repeats=True,
     ),
     "convert": Command(
         ConvertConfig,
@@ -117,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE if not args or args[0] in ("-h", "--help") else BAD_USAGE
         command = COMMANDS[name]
         config = _parse(name, command, rest)
-        if command.trains:
+        if command.repeats:
             process.keep_freed_memory()
         module, function = command.function.split(":")
         return getattr(importlib.import_module(module), function)(config)

@@ -17,7 +17,6 @@ from llama_jax.config import (
     ConfigError,
     DataPrepareConfig,
     DemoConfig,
-    SamplingConfig,
     TokenizerTrainConfig,
     TrainConfig,
     configs_folder,
@@ -27,6 +26,7 @@ from llama_jax.config import (
 from llama_jax.data.prepare import prepare
 from llama_jax.data.shards import META, Split, Stream
 from llama_jax.evaluate.ngram import bigram_loss, unigram_loss
+from llama_jax.generate.settings import SamplingConfig
 from llama_jax.tokenizer.train import train_tokenizer
 from llama_jax.train.checkpoint import find
 from llama_jax.train.loop import train

@@ -23,7 +23,8 @@ ROWS = {
     10: ["main"],
     9: ["llama_jax.cli"],
     8: [  # commands that use everything
-        *("llama_jax.demo", "llama_jax.models", "llama_jax.chat", "llama_jax.evaluate.command"),
+        *("llama_jax.demo", "llama_jax.models", "llama_jax.chat"),
+        *("llama_jax.generate.command", "llama_jax.evaluate.command"),
     ],
     7: ["llama_jax"],  # __init__.py alone: the api under its short name
     6: ["llama_jax.api"],

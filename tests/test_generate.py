@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from parity import load_folder
 
 from llama_jax import tokenizer as tokenizers
-from llama_jax.config import ComputeConfig, ModelConfig, RopeScaling, SamplingConfig
+from llama_jax.config import ComputeConfig, ModelConfig, RopeScaling
 from llama_jax.generate import batch
 from llama_jax.generate.batch import Answer, Request, answer
 from llama_jax.generate.decode import Decoder, Reason, Rows
+from llama_jax.generate.settings import SamplingConfig
 from llama_jax.generate.text import Completion, StopSearch, generate
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama, Output, Params, unstack

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llama_jax.config import SamplingConfig
 from llama_jax.generate.sampling import (
     Settings,
     draw,
@@ -17,6 +16,7 @@ from llama_jax.generate.sampling import (
     uniforms,
     weights,
 )
+from llama_jax.generate.settings import SamplingConfig
 
 V = 97
 ROWS = 32  # of nearly all tests, which so share two compiled programs

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from llama_jax.config import MeshConfig, SamplingConfig, Schema
+from llama_jax.config import MeshConfig, Schema
+from llama_jax.generate.settings import SamplingConfig
 
 
 class ChatConfig(Schema):

@@ -33,10 +33,8 @@ def chat(config: ChatConfig) -> int:
 
     Raises ConfigError where the tokenizer lacks what the format needs.
     """
-    model = load(config.checkpoint, config.dtype, config.mesh)
-    # A base model's own ends do not include the end of a turn.
-    ends = dict.fromkeys((*model.end_ids, *model.tokenizer.eos_ids))
-    model = dataclasses.replace(model, end_ids=tuple(ends))
+    model = load(config.checkpoint, config.dtype, config.mesh, rows=1)
+    model = dataclasses.replace(model, end_ids=model.chat_end_ids)
     try:
         model.tokenizer.encode_chat([{"role": "user", "content": ""}], config.format)
     except DialogError as error:

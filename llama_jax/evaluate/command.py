@@ -46,7 +46,7 @@ def evaluate(config: EvaluateConfig) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
             raise ConfigError(f"{out} is a folder; give a file (out).")
-    model = load(config.checkpoint, config.dtype, config.mesh, config.weights)
+    model = load(config.checkpoint, config.dtype, config.mesh, weights=config.weights)
     sizes = resolve(config, model.context_length)
     ids = [model.tokenizer.encode(text, bos=True) for text in texts]
     total = sum(len(tokens) - 1 for tokens in ids)

@@ -26,9 +26,9 @@ class EvaluateConfig(Schema):
     batch_size: int = Field(default=8, ge=1)
     """Windows computed at a time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and activations."""
-    weights: Literal["as_stored", "int8"] = "as_stored"
-    """int8: round every matrix to 8 bits and a scale for each output."""
+    """Type of activations and, but for int8, weights."""
+    weights: Literal["as_dtype", "int8"] = "as_dtype"
+    """int8: every matrix in int8, with a scale for each output."""
     cache: Literal["none", "float32", "bfloat16", "int8"] = "none"
     """Type of a key-value cache to predict through, as generation does; none: without one."""
     out: str | None = None

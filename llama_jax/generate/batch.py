@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from llama_jax.config import SamplingConfig
 from llama_jax.generate.decode import Decoder, Reason, Rows
 from llama_jax.generate.sampling import Report, Settings
+from llama_jax.generate.settings import SamplingConfig
 from llama_jax.model.llama import Llama, Params
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -27,8 +27,8 @@ OnDone = Callable[[int, "list[Answer]"], None]
 
 FINISHED: dict[int, FinishReason] = {Reason.EOS: "eos", Reason.LENGTH: "length"}
 LEAST_SLOTS = 16
-# Prompts are prefilled in pieces of these lengths: a program for each. The longest bounds the memory
-# of the scores (heads x piece x slots).
+# Prompts are prefilled in pieces of these lengths: a program for each. The longest bounds the
+# memory of the scores (heads x piece x slots).
 PREFILL = (512, 128, 32)
 WATCHED_STEPS = 8  # steps between looks at watched answers: latency of text against calls
 UNWATCHED_STEPS = 128  # steps that Ctrl-C may have to wait for
@@ -262,8 +262,11 @@ class Engine:
         chosen, ids, values = jax.device_get(
             (report.chosen[row, places], report.ids[row, places], report.values[row, places])
         )
+        ids, values = ids.tolist(), values.tolist()
         return [
-            TokenReport(float(one), list(zip(i[:wanted].tolist(), v[:wanted].tolist(), strict=True)))
+            TokenReport(
+                float(one), list(zip(i[:wanted].tolist(), v[:wanted].tolist(), strict=True))
+            )
             for one, i, v in zip(chosen, ids, values, strict=True)
         ]
 

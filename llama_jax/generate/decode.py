@@ -102,9 +102,7 @@ class Decoder:
     model: Llama
     n_ids: int
 
-    @partial(
-        jax.jit, static_argnames=("self", "rows", "slots", "ends", "cache_dtype", "stacked")
-    )
+    @partial(jax.jit, static_argnames=("self", "rows", "slots", "ends", "cache_dtype", "stacked"))
     def start(self, rows: int, slots: int, ends: int, cache_dtype: str, stacked: bool) -> State:
         """A state without requests; `stacked` as the parameters' layers are."""
         cache = KVCache.init(self.model.config, rows, slots, cache_dtype, stacked)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llama_jax.config import ALTERNATIVES, SamplingConfig
+from llama_jax.generate.settings import ALTERNATIVES, SamplingConfig
 
 WEIGHT_BITS = 30  # weights are floats in [0, 1], whose bit patterns are integers below 2**30
 
@@ -188,7 +188,7 @@ def penalise(
 def ban_repeats(
     logits_BV: jax.Array, n_B: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array
 ) -> jax.Array:
-    """Logits with -inf for each token that would end an n-gram the text already has; n = 0: none."""
+    """Logits with -inf for tokens that would end an n-gram the text already has; n = 0: none."""
     V = logits_BV.shape[1]
     places_S = jnp.arange(tokens_BS.shape[1])
 
@@ -317,7 +317,9 @@ def uniforms(settings: Settings, positions_B: jax.Array) -> jax.Array:
     """The random numbers in [0, 1) of the rows at these positions, (B,) fp32."""
 
     def uniform(seed: jax.Array, *numbers: jax.Array) -> jax.Array:
-        return jax.random.uniform(functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed)))
+        return jax.random.uniform(
+            functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
+        )
 
     return jax.vmap(uniform)(settings.seed, settings.index, settings.answer, positions_B)
 

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llama_jax.config import SamplingConfig
-from llama_jax.generate.batch import FinishReason, Request, answer
+from llama_jax.generate.batch import Answer, FinishReason, Request, TokenReport, answer
+from llama_jax.generate.settings import SamplingConfig
 from llama_jax.model.llama import Llama, Params
 from llama_jax.tokenizer import StreamDecoder, Tokenizer
 
-OnText = Callable[[int, str], None]
+# (number of the prompt, which of its answers, new text).
+OnText = Callable[[int, int, str], None]
+# (number of the prompt, its completions), as soon as all of them have ended.
+OnDone = Callable[[int, "list[Completion]"], None]
 
 
 @dataclass(frozen=True)
@@ -18,71 +21,106 @@ class Completion:
     tokens: without the end id; with a stop string, up to the token that completed it.
     text: of these tokens, cut before the stop string. Prompt and text joined read as one.
     finish_reason: "eos", "stop" (a stop string) or "length" (max_new_tokens or max_length).
+    logprobs: of each token, where they were asked for.
     """
 
     tokens: list[int]
     text: str
     finish_reason: FinishReason
+    logprobs: list[TokenReport] | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text, which gets a BOS in front, or token ids, taken as they are; and how to continue it.
+
+    ends: ids that end an answer.
+    index: as in batch.Request.
+    """
+
+    content: str | Sequence[int]
+    sampling: SamplingConfig
+    ends: Sequence[int] = ()
+    index: int = 0
 
 
 def generate(
     model: Llama,
     params: Params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[int]],
-    sampling: SamplingConfig,
-    ends: Sequence[int] | None = None,
+    prompts: Sequence[Prompt],
+    *,
+    on_text: OnText | None = None,
+    on_done: OnDone | None = None,
     max_length: int | None = None,
     batch_size: int = 32,
-    on_text: OnText | None = None,
-) -> list[Completion]:
-    """Continues every prompt; the completions are in the order of the prompts.
+    cache_dtype: str | None = None,
+) -> list[list[Completion]]:
+    """Continues every prompt: for each, in order, as many completions as its sampling.n says.
 
     Args:
-        model, params, max_length, batch_size: as for batch.answer.
+        model, params, max_length, batch_size, cache_dtype: as for batch.answer.
         tokenizer: turns texts into ids and back.
-        prompts: texts, which get a BOS in front, or token ids, taken as they are.
-        sampling: for all prompts; equal prompts draw different answers, by their numbers.
-        ends: ids that end an answer; by default the tokenizer's.
-        on_text: called with (number of the prompt, new text) as text comes. It never gets half a
-            character, nor text that a stop string cuts later; joined, it is the completion's text.
+        prompts: each with its settings.
+        on_text: sees text as it comes. It never gets half a character, nor text that a stop string
+            cuts later; joined, it is the completion's text.
+        on_done: gets the completions of a prompt when the last of them has ended.
 
     Raises:
-        ValueError: as batch.answer; also for an empty stop string, a text that cannot be encoded or
-            a tokenizer that has more ids than the model.
+        ValueError: as batch.answer; also for a text that cannot be encoded or a tokenizer that has
+            more ids than the model.
         FloatingPointError: logits are not finite.
     """
-    if isinstance(prompts, str):
-        raise ValueError("prompts is a text: give a list of them")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: "
             "they do not belong together"
         )
-    ids = [tokenizer.encode(p, bos=True) if isinstance(p, str) else p for p in prompts]
-    requests = [Request(tokens, sampling, index) for index, tokens in enumerate(ids)]
-    writers = [_Writer(tokenizer, request, on_text) for request in requests]
+    requests = [request_of(tokenizer, prompt) for prompt in prompts]
+    writers = [
+        [_Writer(tokenizer, request, _show(on_text, i, k)) for k in range(request.sampling.n)]
+        for i, request in enumerate(requests)
+    ]
+    watched = on_text is not None or any(request.sampling.stop for request in requests)
 
-    def watch(number: int, tokens: list[int], is_last: bool) -> int | None:
-        return writers[number].feed(tokens, is_last)
+    def watch(number: int, answer: int, tokens: list[int], is_last: bool) -> int | None:
+        return writers[number][answer].feed(tokens, is_last)
 
-    watched = on_text is not None or bool(sampling.stop)
-    answers = answer(
+    completions: list[list[Completion]] = [[] for _ in requests]
+
+    def finish(number: int, answers: list[Answer]) -> None:
+        for writer, found in zip(writers[number], answers, strict=True):
+            if not watched:
+                writer.feed(found.tokens, is_last=True)
+            completions[number].append(
+                Completion(found.tokens, writer.text, found.finish_reason, found.logprobs)
+            )
+        if on_done:
+            on_done(number, completions[number])
+
+    answer(
         model,
         params,
         requests,
-        tokenizer.eos_ids if ends is None else ends,
-        max_length,
-        batch_size,
-        watch if watched else None,
+        n_ids=tokenizer.vocab_size,
+        max_length=max_length,
+        batch_size=batch_size,
+        cache_dtype=cache_dtype,
+        watch=watch if watched else None,
+        on_done=finish,
     )
-    if not watched:
-        for writer, found in zip(writers, answers, strict=True):
-            writer.feed(found.tokens, is_last=True)
-    return [
-        Completion(found.tokens, writer.text, found.finish_reason)
-        for writer, found in zip(writers, answers, strict=True)
-    ]
+    return completions
+
+
+def request_of(tokenizer: Tokenizer, prompt: Prompt) -> Request:
+    """The prompt as token ids."""
+    content = prompt.content
+    tokens = tokenizer.encode(content, bos=True) if isinstance(content, str) else content
+    return Request(tokens, prompt.sampling, prompt.ends, prompt.index)
+
+
+def _show(on_text: OnText | None, number: int, answer: int) -> Callable[[str], None] | None:
+    return (lambda text: on_text(number, answer, text)) if on_text else None
 
 
 class StopSearch:
@@ -92,9 +130,6 @@ class StopSearch:
     """
 
     def __init__(self, stops: Sequence[str]):
-        """Raises ValueError for an empty stop string, which would end everything at once."""
-        if "" in stops:
-            raise ValueError("a stop string is empty: remove it, or give it characters")
         self._stops = tuple(stops)
         self._longest = max((len(stop) for stop in stops), default=0)
         self._held = ""
@@ -128,9 +163,10 @@ class StopSearch:
 class _Writer:
     """Turns the tokens of one answer into text as they come, and looks for the stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, on_text: OnText | None):
+    def __init__(
+        self, tokenizer: Tokenizer, request: Request, on_text: Callable[[str], None] | None
+    ):
         self.text = ""
-        self._number = request.index
         self._on_text = on_text
         self._search = StopSearch(request.sampling.stop)
         self._decoder = StreamDecoder(tokenizer)
@@ -162,4 +198,4 @@ class _Writer:
         if text:
             self.text += text
             if self._on_text:
-                self._on_text(self._number, text)
+                self._on_text(text)

@@ -64,7 +64,9 @@ class KVCache:
             return Int8(zeros, jnp.zeros(zeros.shape[:-1])) if zeros.dtype == jnp.int8 else zeros
 
         def slabs() -> Slabs:
-            return slab(config.n_layers) if stacked else tuple(slab() for _ in range(config.n_layers))
+            return (
+                slab(config.n_layers) if stacked else tuple(slab() for _ in range(config.n_layers))
+            )
 
         return KVCache(key=slabs(), value=slabs())
 
@@ -126,8 +128,10 @@ class LayerCache(NamedTuple):
 
     def _put(self, slab: Slab, new: jax.Array) -> Slab:
         if isinstance(slab, Int8):
-            new = Int8.of(new)
-            return Int8(self._scatter(slab.values, new.values), self._scatter(slab.scale, new.scale))
+            rounded = Int8.of(new)
+            return Int8(
+                self._scatter(slab.values, rounded.values), self._scatter(slab.scale, rounded.scale)
+            )
         return self._scatter(slab, new.astype(slab.dtype))
 
     def _scatter(self, slab: jax.Array, new: jax.Array) -> jax.Array:

@@ -34,7 +34,8 @@ def quantize(params: Params, consume: bool = False) -> Params:
         raise ValueError("layers are unstacked: quantise the parameters before that")
 
     def convert(name: str, matrix: Any) -> Any:
-        return _int8(_output_major(name, matrix), INPUTS[name])
+        weight = _output_major(name, matrix)
+        return _int8(weight, INPUTS[name]) if weight.scale is None else weight
 
     return _map_matrices(convert, params, consume)
 
@@ -145,8 +146,6 @@ def _outputs_first(matrix: jax.Array, inputs: int, outputs: int) -> jax.Array:
 
 @partial(jax.jit, static_argnums=1)
 def _int8(weight: OutputMajor, inputs: int) -> OutputMajor:
-    if weight.scale is not None:
-        return weight
     values = weight.values.astype(jnp.float32)
     axes = tuple(range(values.ndim - inputs, values.ndim))
     largest = jnp.max(jnp.abs(values), axis=axes, keepdims=True)
