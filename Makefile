@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Torch and transformers are references only: never in the lock, never needed by `make test`.
 REFERENCES ?= torch==2.13.0 transformers==5.23.0
+# Built from source (minutes, a C++ compiler); without it the tests against llama.cpp are skipped.
+LLAMA_CPP ?= llama-cpp-python==0.3.36
 
 .PHONY: demo test test-parity test-all lint bench clean
 
@@ -15,7 +17,7 @@ test: .venv/.installed
 test-parity: .venv/.references
 	$(BIN)/python -m pytest -q -n 2 -m parity
 
-test-all: .venv/.references
+test-all: .venv/.llama_cpp
 	$(BIN)/python -m pytest -q -n 2 -m "slow or parity or not slow"
 
 lint: .venv/.installed
@@ -23,8 +25,10 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.references
+bench: .venv/.llama_cpp
 	$(BIN)/python benchmarks/train_cpu.py
+	$(BIN)/python benchmarks/generate_cpu.py
+	$(BIN)/python benchmarks/generate_cpu.py --continuous
 
 .venv/.installed: requirements/dev.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llama_jax needs Python 3.11 or newer; set PYTHON=...")'
@@ -35,6 +39,10 @@ bench: .venv/.references
 
 .venv/.references: .venv/.installed
 	$(BIN)/pip install -q --disable-pip-version-check $(REFERENCES)
+	@touch $@
+
+.venv/.llama_cpp: .venv/.references
+	$(BIN)/pip install -q --disable-pip-version-check $(LLAMA_CPP)
 	@touch $@
 
 clean:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from llama_jax.generate.decode import Decoder, Reason, Rows
-from llama_jax.generate.sampling import Report, Settings
+from llama_jax.generate.sampling import Settings
 from llama_jax.generate.settings import SamplingConfig
 from llama_jax.model.llama import Llama, Params
 
@@ -151,6 +151,7 @@ class Engine:
         self.slots = fixed or _slots(max(self._limits))
         self._ends = max((len(request.ends) for request in requests), default=0)
         self.decoder = Decoder(model, n_ids)
+        self._free = Rows.free(1, self.slots, self._ends)
         stacked = not isinstance(params["layers"], tuple)
         self._state = self.decoder.start(rows, self.slots, self._ends, cache_dtype, stacked)
         self._jobs: list[Job | None] = [None] * rows
@@ -211,7 +212,7 @@ class Engine:
             reasons=np.array([Reason.RUNNING], np.int32),  # type: ignore[arg-type]
             ends=ends,  # type: ignore[arg-type]
             settings=Settings.of([request.sampling], [request.index], [job.answer]),
-            report=Report.empty((1, self.slots)),
+            report=self._free.report,
         )
 
     def _advance(self, watch: Watch | None) -> Iterator[tuple[Job, Answer]]:
@@ -248,8 +249,7 @@ class Engine:
 
     def _release(self, row: int) -> None:
         """Makes a row stop that would go on."""
-        free = Rows.free(1, self.slots, self._ends)
-        self._state = self.decoder.admit(self._state, np.int32(row), free)
+        self._state = self.decoder.admit(self._state, np.int32(row), self._free)
 
     def _logprobs(self, row: int, job: Job) -> list[TokenReport] | None:
         request = self._requests[job.request]
@@ -259,15 +259,12 @@ class Engine:
         start = len(request.tokens)
         places = slice(start, start + len(self._answers[row]))
         report = self._state.rows.report
-        chosen, ids, values = jax.device_get(
-            (report.chosen[row, places], report.ids[row, places], report.values[row, places])
+        chosen, ids, values = (
+            np.asarray(x)[row, places].tolist() for x in (report.chosen, report.ids, report.values)
         )
-        ids, values = ids.tolist(), values.tolist()
+        likeliest = [list(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
         return [
-            TokenReport(
-                float(one), list(zip(i[:wanted].tolist(), v[:wanted].tolist(), strict=True))
-            )
-            for one, i, v in zip(chosen, ids, values, strict=True)
+            TokenReport(one, some[:wanted]) for one, some in zip(chosen, likeliest, strict=True)
         ]
 
 

@@ -18,7 +18,7 @@ from llama_jax.model.ops.product import letters
 
 FEW_ROWS = 8  # up to here int8 products are faster than widening the weights
 PARTS = 128  # what the second int8 of an activation counts, in parts of the first
-INPUTS_AT_ONCE = 32  # summed by one loop; more are more streams of words than a core follows
+INPUTS_AT_ONCE = 16  # summed by one loop; more are more streams of words than a core follows
 
 
 def take(embedding: Any, ids: jax.Array, dtype: Any) -> jax.Array:
