@@ -29,7 +29,10 @@ FINISHED: dict[int, FinishReason] = {Reason.EOS: "eos", Reason.LENGTH: "length"}
 LEAST_SLOTS = 16
 # Prompts are prefilled in pieces of these lengths: a program for each. The longest bounds the
 # memory of the scores (heads x piece x slots).
-PREFILL = (512, 128, 32)
+PREFILL = (512, 64, 16)
+# What a piece costs, in tokens: at least as much as reading the weights, and a call.
+CALL_COST = 8
+LEAST_COST = {"cpu": 16, "gpu": 256, "tpu": 256}
 WATCHED_STEPS = 8  # steps between looks at watched answers: latency of text against calls
 UNWATCHED_STEPS = 128  # steps that Ctrl-C may have to wait for
 
@@ -189,7 +192,7 @@ class Engine:
 
     def _prefill(self, row: int, context: Sequence[int]) -> None:
         start = 0
-        for size in pieces(len(context)):
+        for size in pieces(len(context), LEAST_COST[jax.default_backend()]):
             piece = np.zeros(size, np.int32)
             part = context[start : start + size]
             piece[: len(part)] = part
@@ -268,11 +271,11 @@ class Engine:
         ]
 
 
-def pieces(length: int) -> Iterator[int]:
-    """Lengths out of PREFILL that cover a context: a piece is at least three quarters full, but for
-    the shortest."""
+def pieces(length: int, least_cost: int) -> Iterator[int]:
+    """Lengths out of PREFILL that cover a context: next that which costs least for each token."""
     while length > 0:
-        size = next((size for size in PREFILL[:-1] if 4 * length >= 3 * size), PREFILL[-1])
+        costs = {size: max(size, least_cost) + CALL_COST for size in PREFILL}
+        size = min(PREFILL, key=lambda size: costs[size] / min(size, length))
         yield size
         length -= size
 
