@@ -101,7 +101,7 @@ def losses(
         documents: token ids, BOS first.
         window: most tokens the model sees at once.
         stride: tokens from one window to the next, at most `window`.
-        batch_size: most windows computed at a time.
+        batch_size: windows computed at a time, rounded up to what the mesh splits them into.
         cache_dtype: the type of a cache that keys and values go through; None for no cache.
         advance: called with the number of tokens scored, after each batch.
 
@@ -119,10 +119,11 @@ def losses(
     # Windows of similar length together, the longest first: little padding, and what memory does
     # not suffice for fails at once.
     jobs.sort(key=lambda job: job[1].begin - job[1].end)
-    for at in range(0, len(jobs), batch_size):
-        batch = jobs[at : at + batch_size]
+    count = _row_count(model, min(batch_size, len(jobs)))
+    for at in range(0, len(jobs), count):
+        batch = jobs[at : at + count]
         rows = [arrays[n][w.begin : w.end] for n, w in batch]
-        loss_BT = _batch_losses(model, params, rows, window, cache_dtype)
+        loss_BT = _batch_losses(model, params, rows, count, window, cache_dtype)
         for (n, w), row in zip(batch, loss_BT, strict=False):
             # Place t of a row predicts token begin + t + 1, whose loss is number begin + t.
             found[n][w.first - 1 : w.end - 1] = row[w.first - 1 - w.begin : w.end - 1 - w.begin]
@@ -154,14 +155,15 @@ def _batch_losses(
     model: Llama,
     params: Params,
     rows: Sequence[np.ndarray],
+    count: int,
     window: int,
     cache_dtype: str | None,
 ) -> np.ndarray:
-    """Losses (B, T): at t the loss of token t + 1 of the row, which the tokens up to t predict.
+    """Losses (count, T): at t the loss of token t + 1 of the row, which those up to t predict.
 
-    B and T are at least as large as the rows; what lies beyond them means nothing.
+    There may be fewer and shorter rows than that; what lies beyond them means nothing.
     """
-    count, width = _row_count(model, len(rows)), _width(max(map(len, rows)) - 1, window)
+    width = _width(max(map(len, rows)) - 1, window)
     tokens_BT, targets_BT, segments_BT = np.zeros((3, count, width), np.int32)
     for b, row in enumerate(rows):
         tokens_BT[b, : len(row) - 1] = row[:-1]
@@ -217,7 +219,8 @@ def _empty_cache(model: Llama, rows: int, slots: int, dtype: str, stacked: bool)
 
 
 def _row_count(model: Llama, rows: int) -> int:
-    """`rows`, rounded up to a multiple of what the mesh splits the batch into."""
+    """`rows` (at least 1), rounded up to a multiple of what the mesh splits the batch into."""
+    rows = max(rows, 1)
     rules, mesh = model.rules, jax.sharding.get_abstract_mesh()
     if rules is None or mesh.empty:
         return rows

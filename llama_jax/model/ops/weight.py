@@ -184,8 +184,8 @@ def _cpu_product(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> ja
     if scale is None:
         return lax.optimization_barrier(_sums("oi,ri->or", weight.astype(x.dtype), x)).T
     if len(x) > FEW_ROWS:
-        x, weight = x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
-        return lax.optimization_barrier(_sums("oi,ri->or", weight, x)).T * scale.reshape(-1)
+        y = lax.optimization_barrier(_sums("oi,ri->or", weight.astype(x.dtype), x))
+        return y.T * scale.reshape(-1)
     # Activations to 15 bits, as two int8: their products are faster than widening the weights.
     x = x.astype(jnp.float32)
     unit = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 127
