@@ -6,6 +6,7 @@ one file (or one flag), checked here once, and only read after that. This module
 """
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -486,7 +487,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.load(text, _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines at the top level")
@@ -513,7 +514,7 @@ def explain(error: ValidationError, schema: type[Schema], origin: str) -> str:
         elif item["type"] == "missing":
             message = "is required"
         elif item["type"] != "value_error":
-            message += f" (got {item['input']!r})"
+            message += f" (got {reprlib.repr(item['input'])})"  # YAML aliases may unfold for ever
         lines.append(": ".join(part for part in (origin, key, message) if part))
     return "\n".join(lines)
 

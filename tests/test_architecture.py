@@ -37,13 +37,12 @@ ROWS = {
     2: [
         *("llama_jax.model.attention", "llama_jax.model.feed_forward"),
         *("llama_jax.model.cache", "llama_jax.model.param"),
-        "llama_jax.tokenizer",
+        *("llama_jax.tokenizer", "llama_jax.chat.settings"),
     ],
     1: [
         *("llama_jax.model.ops", "llama_jax.model.count"),
         *("llama_jax.convert.names", "llama_jax.convert.settings"),
-        *("llama_jax.chat.settings", "llama_jax.generate.settings"),
-        "llama_jax.evaluate.settings",
+        *("llama_jax.generate.settings", "llama_jax.evaluate.settings"),
         *("llama_jax.flags", "llama_jax.process"),
     ],
     0: ["llama_jax.config", "sharding"],

@@ -10,17 +10,16 @@ import yaml
 from pydantic import ValidationError
 
 from llama_jax import cli, config
+from llama_jax.chat import settings as chat_settings
 from llama_jax.config import (
     CheckpointConfig,
     ComputeConfig,
     ConfigError,
     DataConfig,
-    GenerateConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RopeScaling,
-    SamplingConfig,
     Schema,
     TrainConfig,
     load_model,
@@ -29,7 +28,13 @@ from llama_jax.config import (
     read,
     save,
 )
+from llama_jax.convert import settings as convert_settings
+from llama_jax.convert.settings import ConvertConfig
+from llama_jax.generate import settings as generate_settings
+from llama_jax.generate.settings import GenerateConfig, SamplingConfig
 
+# The schema of a command lies in config.py, or beside the command.
+MODULES = (config, chat_settings, convert_settings, generate_settings)
 REPOSITORY = Path(__file__).parents[1]
 
 MODEL = {
@@ -61,6 +66,7 @@ TRAIN = {
     "optimizer": {"warmup_steps": 2},
 }
 GENERATE = {"checkpoint": "runs/a", "prompts": ["def "]}
+CONVERT = {"source": "runs/a", "destination": "b", "to": "huggingface"}
 
 
 def without(values: dict[str, Any], key: str) -> dict[str, Any]:
@@ -216,8 +222,12 @@ CONTRADICTIONS = [
         merged(TRAIN, {"optimizer": {"warmup_steps": 10}}),
         r"optimizer.warmup_steps \(10\) .* steps \(10\)",
     ),
-    (GenerateConfig, without(GENERATE, "prompts"), "give prompts or prompts_file"),
-    (GenerateConfig, GENERATE | {"prompts_file": "a.jsonl"}, "give prompts or prompts_file"),
+    (GenerateConfig, without(GENERATE, "prompts"), "give prompts: texts, or the name of a .jsonl"),
+    (GenerateConfig, GENERATE | {"prompts": []}, "give prompts: texts, or the name of a .jsonl"),
+    (SamplingConfig, {"stop": ["x", ""]}, "a stop string is empty"),
+    (ConvertConfig, CONVERT | {"dtype": "q8_0"}, "q8_0 is of gguf; huggingface takes float32"),
+    (ConvertConfig, CONVERT | {"shards": 2}, "shards .*to: meta, not huggingface"),
+    (SamplingConfig, {"num_beams": 2, "n": 3}, r"n \(3\) must be at most num_beams \(2\)"),
 ]
 
 
@@ -235,24 +245,24 @@ def test_a_contradiction_inside_a_section_names_the_section():
 
 
 def test_every_contradiction_that_the_schema_knows_is_among_the_cases():
-    """Each `raise ValueError` of config.py is reached by one of them."""
-    tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
+    """Each `raise ValueError` of the schema's modules is reached by one of them."""
     raises = [
-        node
-        for node in ast.walk(tree)
+        (module.__file__, node)
+        for module in MODULES
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
         if isinstance(node, ast.Raise) and ast.unparse(node).startswith("raise ValueError(")
     ]
-    assert len(raises) >= 13
+    assert len(raises) >= 15
     reached = set()
     for schema, values, _ in CONTRADICTIONS:
         with pytest.raises(ValidationError) as caught:
             schema.model_validate(values)
         trace = caught.value.errors()[0]["ctx"]["error"].__traceback__
-        reached.add(trace.tb_lineno)
+        reached.add((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
     missed = [
         ast.unparse(node)
-        for node in raises
-        if not any(node.lineno <= line <= node.end_lineno for line in reached)
+        for file, node in raises
+        if not any(file == f and node.lineno <= line <= node.end_lineno for f, line in reached)
     ]
     assert not missed, f"add a case to CONTRADICTIONS for {missed}"
 
@@ -320,8 +330,9 @@ def test_what_is_saved_reads_back_equal(section, tmp_path):
 
 SCHEMAS = [
     value
-    for value in vars(config).values()
-    if isinstance(value, type) and issubclass(value, Schema)
+    for module in MODULES
+    for value in vars(module).values()
+    if isinstance(value, type) and issubclass(value, Schema) and value.__module__ == module.__name__
 ]
 
 

@@ -1,5 +1,6 @@
 """Conversions: every format into every other and back without a changed bit, or not at all."""
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -424,3 +425,60 @@ def test_verify_finds_another_tokenizer(speaking, tmp_path, capsys):
     assert "vocab_size 300 / 290" in report
     (there / "tokenizer.model").unlink()
     assert "only one has one" in verified(capsys, speaking, there)[1]
+
+
+# --- our checkpoints as files of strangers ---------------------------------------------------
+
+
+def rewritten(folder, change):
+    """A converted checkpoint whose config.yaml, and its line in the manifest, are others."""
+    path = folder / "config.yaml"
+    path.write_text(change(path.read_text()))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = path.read_bytes()
+    manifest["config.yaml"] = {
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghijklmnopqrstuvwxyz")
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda text: text.replace("n_kv_heads: 2", "n_kv_heads: 4"),
+            "layers/attention/k has shape",
+        ),
+        (lambda text: text.replace("vocab_size: 64", "vocab_size: 65"), "embed has shape"),
+        (lambda text: text.replace("n_layers: 2", "n_layers: 3"), "has shape"),
+        (lambda text: text.replace("tie_embeddings: false", "tie_embeddings: true"), "head is not"),
+        (lambda text: text.replace("model:", "modell:"), "has no section `model`"),
+        (lambda text: text.replace("end_ids:\n- 2", "end_ids: [99]"), "end id 99 is outside"),
+        (lambda text: text.replace("end_ids:\n- 2", "end_ids: x"), "end_ids"),
+        (lambda text: text + "data: {}\n", "is required"),
+        (lambda text: "[" * 100_000, "config.yaml"),
+        (lambda text: LAUGHS + text.replace("d_ff: 48", "d_ff: *z"), "d_ff"),
+    ],
+)
+def test_a_checkpoint_whose_configuration_does_not_fit_is_refused(change, said, tmp_path):
+    there = converted(GOLDEN / "llama3", tmp_path / "there", "llama_jax")
+    rewritten(there, change)
+    with pytest.raises(ConfigError, match=said) as refused:
+        open_source(there)
+    assert len(str(refused.value)) < 2000
+
+
+def test_a_changed_checkpoint_is_refused(tmp_path):
+    there = converted(GOLDEN / "llama3", tmp_path / "there", "llama_jax")
+    largest = max((there / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match="has changed since it was written"):
+        open_source(there)

@@ -1,8 +1,11 @@
 """Decoding: equal to the plain forward, row by row, sharded or not; ends, limits, text, errors."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +19,9 @@ from llama_jax import tokenizer as tokenizers
 from llama_jax.config import ComputeConfig, ModelConfig, RopeScaling
 from llama_jax.generate import batch
 from llama_jax.generate.batch import Answer, Request, answer
-from llama_jax.generate.decode import Decoder, Reason, Rows
+from llama_jax.generate.decode import Decoder, Reason, Rows, State
 from llama_jax.generate.settings import SamplingConfig
-from llama_jax.generate.text import Completion, StopSearch, generate
+from llama_jax.generate.text import Completion, Prompt, StopSearch, generate
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama, Output, Params, unstack
 from llama_jax.tokenizer import SentencePiece, Tokenizer
@@ -52,12 +55,42 @@ def params() -> Params:
     return jax.jit(MODEL.init)(jax.random.key(1))
 
 
-def requests_of(prompts: list[list[int]], sampling: SamplingConfig) -> list[Request]:
-    return [Request(tokens, sampling, index) for index, tokens in enumerate(prompts)]
+def requests_of(
+    prompts: list[list[int]], sampling: SamplingConfig, ends: Sequence[int] = ()
+) -> list[Request]:
+    return [Request(tokens, sampling, ends, index) for index, tokens in enumerate(prompts)]
 
 
-def rows_of(model: Llama, prompts: list[list[int]]) -> Rows:
-    return batch._rows(model, requests_of(prompts, GREEDY), (), None)
+def answers(model: Llama, params: Params, requests: list[Request], **more: Any) -> list[Answer]:
+    """Of requests that want one answer each."""
+    return [one for (one,) in answer(model, params, requests, **more)]
+
+
+def row_of(tokens: list[int], limit: int, end: int = -1) -> Rows:
+    """One row of 16 slots that begins with these tokens."""
+    length = jnp.array([len(tokens)])
+    return replace(
+        Rows.free(1, 16, 1),
+        tokens=jnp.array([tokens + [0] * (16 - len(tokens))]),
+        lengths=length,
+        prompts=length,
+        limits=jnp.array([limit]),
+        reasons=jnp.array([Reason.RUNNING]),
+        ends=jnp.array([[end]]),
+    )
+
+
+def prefilled(
+    model: Llama, params: Params, rows: list[Rows], cache_dtype: str = "float32"
+) -> State:
+    """A state of eight rows, of which the first have these, prefilled up to their last token."""
+    decoder = Decoder(model, model.config.vocab_size)
+    state = decoder.start(8, 16, 1, cache_dtype, not isinstance(params["layers"], tuple))
+    for number, row in enumerate(rows):
+        # The whole row as one piece: what follows its context is padding, and does no harm.
+        state = decoder.prefill(params, state, np.int32(number), row.tokens[0], np.int32(0))
+        state = decoder.admit(state, np.int32(number), row)
+    return state
 
 
 def greedy_by_full_forward(
@@ -81,7 +114,7 @@ def greedy_by_full_forward(
 def test_greedy_decoding_equals_the_full_forward(params: Params) -> None:
     expected = greedy_by_full_forward(MODEL, params, LONG, 10, length=40)
     found = answer(MODEL, params, requests_of(LONG, GREEDY))
-    assert found == [Answer(tokens, "length") for tokens in expected]
+    assert found == [[Answer(tokens, "length")] for tokens in expected]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
@@ -101,30 +134,30 @@ def test_rows_of_a_batch_may_differ_in_everything(params: Params) -> None:
         SamplingConfig(temperature=2, top_k=7, max_new_tokens=8, seed=3),
         SamplingConfig(temperature=1, top_p=0.5, min_p=0.01, max_new_tokens=10),
     ]
-    requests = [Request([1, 2], kind, index) for index, kind in enumerate(kinds * 2)]
-    mixed = answer(MODEL, params, requests)
+    requests = [Request([1, 2], kind, index=index) for index, kind in enumerate(kinds * 2)]
+    mixed = answers(MODEL, params, requests)
     for request, one in zip(requests, mixed, strict=True):
-        among_its_like = [Request([1, 2], request.sampling, index) for index in range(8)]
-        assert answer(MODEL, params, among_its_like)[request.index] == one
+        among_its_like = requests_of([[1, 2]] * 8, request.sampling)
+        assert answers(MODEL, params, among_its_like)[request.index] == one
     assert [len(one.tokens) for one in mixed] == [10, 3, 8, 10] * 2
 
 
 def test_equal_prompts_draw_different_answers_and_the_seed_decides_them(params: Params) -> None:
     def texts(seed: int) -> list[list[int]]:
         warm = WARM.model_copy(update={"seed": seed})
-        return [one.tokens for one in answer(MODEL, params, requests_of([[1]] * 8, warm))]
+        return [one.tokens for one in answers(MODEL, params, requests_of([[1]] * 8, warm))]
 
     first = texts(0)
     assert len({tuple(tokens) for tokens in first}) == 8
     assert texts(0) == first != texts(1)
 
 
-def test_long_prompts_are_prefilled_in_chunks(
-    params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = answer(MODEL, params, requests_of(LONG, GREEDY))
-    monkeypatch.setattr(batch, "LARGEST_CHUNK", 8)
-    assert answer(MODEL, params, requests_of(LONG, GREEDY)) == whole
+def test_long_prompts_are_prefilled_in_pieces(params: Params) -> None:
+    """Of 128 and of 32 tokens; the last one ends in padding."""
+    prompts = [[(7 * n + start) % 96 for n in range(200)] for start in (0, 5)]
+    found = answers(MODEL, params, requests_of(prompts, GREEDY))
+    expected = greedy_by_full_forward(MODEL, params, prompts, 10, length=210)
+    assert [one.tokens for one in found] == expected
 
 
 def test_unstacked_parameters_decode_the_same(params: Params) -> None:
@@ -135,11 +168,11 @@ def test_unstacked_parameters_decode_the_same(params: Params) -> None:
 def test_bfloat16_runs_and_begins_like_float32(params: Params) -> None:
     model = Llama(CONFIG, ComputeConfig(dtype="bfloat16"))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    full = answer(MODEL, params, requests_of(PROMPTS, GREEDY))
-    found = answer(model, half, requests_of(PROMPTS, GREEDY))
+    full = answers(MODEL, params, requests_of(PROMPTS, GREEDY))
+    found = answers(model, half, requests_of(PROMPTS, GREEDY))
     assert [len(one.tokens) for one in found] == [10] * len(PROMPTS)
     assert sum(a.tokens[0] == b.tokens[0] for a, b in zip(found, full, strict=True)) >= 6
-    state = Decoder(model).prefill(half, rows_of(model, PROMPTS), chunk=16)
+    state = prefilled(model, half, [row_of([1, 2], 12)], cache_dtype="bfloat16")
     assert state.cache.key.dtype == jnp.bfloat16
 
 
@@ -151,7 +184,7 @@ def test_dynamic_rope_depends_on_max_length_and_not_on_the_batch() -> None:
     with pytest.raises(ValueError, match="give max_length"):
         answer(model, params, requests)
     # The texts would fit 16 slots; the angles are those of 40.
-    found = answer(model, params, requests, max_length=40)
+    found = answers(model, params, requests, max_length=40)
     expected = greedy_by_full_forward(model, params, PROMPTS, 10, length=40)
     assert [one.tokens for one in found] == expected
     assert greedy_by_full_forward(model, params, PROMPTS, 10, length=16) != expected
@@ -179,17 +212,17 @@ def test_sharded_tokens_equal_unsharded(
         assert answer(model, placed, requests) == plain
         assert answer(model, placed, requests, watch=lambda *_: None) == plain
 
-        state = Decoder(model).prefill(placed, rows_of(model, PROMPTS), chunk=16)
+        state = prefilled(model, placed, [row_of(tokens, 14) for tokens in PROMPTS])
         layout = jax.tree.map(lambda x: x.sharding, state)
         slab = state.cache.key if stacked else state.cache.key[0]
-        rows, _, heads, _ = slab.addressable_shards[0].data.shape[-4:]
+        rows, heads, _, _ = slab.addressable_shards[0].data.shape[-4:]
         assert (rows, heads) == (8 // sizes["data"], CONFIG.n_kv_heads // sizes["tensor"])
         assert state.rows.tokens.addressable_shards[0].data.shape[0] == 8 // sizes["data"]
-        state = Decoder(model).advance(placed, state, 2)
+        state = Decoder(model, 96).advance(placed, state, np.int32(2), np.int32(1))
         same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, layout)
         assert all(jax.tree.leaves(same))
         # One row cannot be split.
-        assert rows_of(model, PROMPTS[:1]).tokens.shape[0] == sizes["data"]
+        assert batch._row_count(model, 1) == sizes["data"]
 
 
 # --- compilation -------------------------------------------------------------------------------
@@ -209,14 +242,20 @@ class Tracer(Llama):
 def test_programs_are_few_and_settings_do_not_add_any(params: Params) -> None:
     model = Tracer(CONFIG, ComputeConfig(scan_layers=False))
 
-    def traces(prompts: list[list[int]], sampling: SamplingConfig, **more: object) -> int:
+    def traces(
+        prompts: list[list[int]], sampling: SamplingConfig, ends: Sequence[int], **more: Any
+    ) -> int:
         before = Tracer.count
-        answer(model, params, requests_of(prompts, sampling), **more)  # type: ignore[arg-type]
+        answer(model, params, requests_of(prompts, sampling, ends), **more)
         return Tracer.count - before
 
     assert traces(PROMPTS, GREEDY, ends=[3]) > 0
     # Other settings, prompts, end ids, limits, a watcher: nothing new.
-    for sampling in (WARM, SamplingConfig(temperature=2, top_k=3, min_p=0.1, max_new_tokens=4)):
+    penalties = SamplingConfig(
+        repetition_penalty=2, presence_penalty=1, no_repeat_ngram=2, logprobs=3, max_new_tokens=9
+    )
+    hot = SamplingConfig(temperature=2, top_k=3, min_p=0.1, max_new_tokens=4)
+    for sampling in (WARM, hot, penalties):
         assert traces(PROMPTS, sampling, ends=[4]) == 0
     assert traces([[3], [1] * 6, [2, 2], [5], [1, 2]], GREEDY, ends=[3], max_length=12) == 0
     assert traces(PROMPTS, GREEDY, ends=[3], watch=lambda *_: None) == 0
@@ -232,10 +271,9 @@ def test_sizes_are_few_and_waste_little() -> None:
 
 
 def test_end_ids_end_their_row_alone_and_are_not_part_of_the_answer(params: Params) -> None:
-    requests = requests_of(PROMPTS, GREEDY)
-    whole = answer(MODEL, params, requests)
+    whole = answers(MODEL, params, requests_of(PROMPTS, GREEDY))
     ends = (whole[0].tokens[1], whole[3].tokens[5])
-    found = answer(MODEL, params, requests, ends)
+    found = answers(MODEL, params, requests_of(PROMPTS, GREEDY, ends))
     for one, all_of_it in zip(found, whole, strict=True):
         hits = [i for i, token in enumerate(all_of_it.tokens) if token in ends]
         reason = "eos" if hits else "length"
@@ -244,33 +282,39 @@ def test_end_ids_end_their_row_alone_and_are_not_part_of_the_answer(params: Para
 
 
 def test_a_row_that_has_ended_stays_as_it_is(params: Params) -> None:
-    decoder = Decoder(MODEL)
-    whole = answer(MODEL, params, requests_of(PROMPTS, GREEDY))
-    rows = rows_of(MODEL, PROMPTS[:7])
+    decoder = Decoder(MODEL, 96)
+    whole = answers(MODEL, params, requests_of(PROMPTS, GREEDY))
     end = whole[0].tokens[2]
-    ends = jnp.full((8, 1), -1).at[0].set(end)
-    rows = replace(rows, ends=ends, limits=rows.limits.at[1].set(3))
-    early = decoder.advance(params, decoder.prefill(params, rows, chunk=16), 4)
-    lengths, reasons = np.array(early.rows.lengths), np.array(early.rows.reasons)
-    state = decoder.advance(params, early, 1000)
+    limits = [len(tokens) + 10 for tokens in PROMPTS[:7]]
+    limits[1] = 3
+    rows = [row_of(tokens, limit) for tokens, limit in zip(PROMPTS, limits, strict=False)]
+    rows[0] = row_of(PROMPTS[0], limits[0], end)
+    state = decoder.advance(params, prefilled(MODEL, params, rows), np.int32(4), np.int32(1))
+    early = jax.device_get(state)  # before it is given away
+    late = jax.device_get(decoder.advance(params, state, np.int32(1000), np.int32(1)))
 
-    assert reasons[[0, 1]].tolist() == [Reason.EOS, Reason.LENGTH]
-    assert reasons[7] == Reason.LENGTH  # the row that fills up the batch
-    assert lengths[[0, 1, 7]].tolist() == [3 + whole[0].tokens.index(end), 3, 1]
-    ended = reasons != Reason.RUNNING
-    assert ended.sum() == 3
-    assert np.all(np.asarray(state.rows.reasons) != Reason.RUNNING)
-    assert state.rows.lengths[ended].tolist() == lengths[ended].tolist()
-    assert state.rows.reasons[ended].tolist() == reasons[ended].tolist()
-    # The cache holds all tokens of a row but the last (which an end id has replaced), and no more.
-    stored = np.any(np.asarray(state.cache.key) != 0, axis=(0, 3, 4)).sum(axis=1)
-    last = np.where(np.asarray(state.rows.reasons) == Reason.EOS, 0, 1)
-    assert stored.tolist() == (np.asarray(state.rows.lengths) - last).tolist()
+    ended = early.rows.reasons != Reason.RUNNING
+    assert early.rows.reasons[ended].tolist() == [Reason.EOS, Reason.LENGTH, Reason.FREE]
+    assert early.rows.lengths[ended].tolist() == [3 + whole[0].tokens.index(end), 3, 1]
+    assert np.all(late.rows.reasons != Reason.RUNNING)
+    for one, other in ((early, late), (late, early)):
+        assert one.rows.lengths[ended].tolist() == other.rows.lengths[ended].tolist()
+        assert one.rows.reasons[ended].tolist() == other.rows.reasons[ended].tolist()
+    # Whoever goes on from it finds its text, and keys and values of all of it but the last token.
+    texts = [prompt + one.tokens for prompt, one in zip(PROMPTS[:7], whole[:7], strict=True)]
+    for row, text in enumerate(texts):
+        length = late.rows.lengths[row]
+        assert late.rows.tokens[row, :length].tolist() == text[:length]
+        tokens, fresh = jnp.array([text]), KVCache.init(CONFIG, 1, 16)
+        stored = MODEL.apply(params, tokens, jnp.arange(len(text))[None], cache=fresh).cache
+        np.testing.assert_allclose(
+            late.cache.key[:, row, :, : length - 1], stored.key[:, 0, :, : length - 1], atol=1e-5
+        )
 
 
 def test_max_length_ends_answers_and_counts_the_prompt(params: Params) -> None:
-    found = answer(MODEL, params, requests_of(PROMPTS, GREEDY), max_length=8)
-    whole = answer(MODEL, params, requests_of(PROMPTS, GREEDY))
+    found = answers(MODEL, params, requests_of(PROMPTS, GREEDY), max_length=8)
+    whole = answers(MODEL, params, requests_of(PROMPTS, GREEDY))
     for prompt, one, all_of_it in zip(PROMPTS, found, whole, strict=True):
         assert one == Answer(all_of_it.tokens[: 8 - len(prompt)], "length")
 
@@ -279,22 +323,23 @@ def test_watchers_see_every_token_once_and_may_end_an_answer(
     params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = requests_of(PROMPTS, GREEDY)
-    whole = answer(MODEL, params, requests)
+    whole = answers(MODEL, params, requests)
     for steps in (1, 3, 8):
         monkeypatch.setattr(batch, "WATCHED_STEPS", steps)
         seen: dict[int, list[int]] = {number: [] for number in range(8)}
         lasts = []
 
         def watch(
-            number: int, tokens: list[int], is_last: bool, seen=seen, lasts=lasts
+            number: int, k: int, tokens: list[int], is_last: bool, seen=seen, lasts=lasts
         ) -> int | None:
+            assert k == 0
             seen[number] += tokens
             lasts.append((number, is_last))
             # The second answer ends at its fifth token, wherever the calls are cut.
             beyond = len(seen[1]) - 5
             return len(tokens) - beyond if number == 1 and beyond >= 0 else None
 
-        found = answer(MODEL, params, requests, watch=watch)
+        found = answers(MODEL, params, requests, watch=watch)
         assert found == [whole[0], Answer(whole[1].tokens[:5], "stop"), *whole[2:]]
         assert [seen[0], seen[2]] == [whole[0].tokens, whole[2].tokens]
         assert len(seen[1]) < 5 + steps
@@ -324,7 +369,6 @@ def test_nothing_to_do(params: Params) -> None:
         ([1], {"max_length": 1}, "max_length is 1"),
         ([1], {"max_length": -3}, "max_length is -3"),
         ([1], {"batch_size": 0}, "batch_size is 0"),
-        ([1], {"ends": [96]}, "the end ids: token id 96"),
     ],
 )
 def test_what_jax_would_not_notice_is_refused(
@@ -334,6 +378,12 @@ def test_what_jax_would_not_notice_is_refused(
         answer(MODEL, params, requests_of([[1], tokens], GREEDY), **more)
 
 
+def test_end_ids_outside_the_vocabulary_are_refused(params: Params) -> None:
+    for end in (96, -1):
+        with pytest.raises(ValueError, match=f"the end ids: token id {end}"):
+            answer(MODEL, params, requests_of([[1]], GREEDY, ends=[end]))
+
+
 def test_more_new_tokens_than_can_be_indexed_are_refused_unless_max_length_is_given(
     params: Params,
 ) -> None:
@@ -341,7 +391,8 @@ def test_more_new_tokens_than_can_be_indexed_are_refused_unless_max_length_is_gi
         endless = SamplingConfig(temperature=0, max_new_tokens=many)
         with pytest.raises(ValueError, match=rf"max_new_tokens {many} .* give max_length"):
             answer(MODEL, params, requests_of([[1]], endless))
-    assert len(answer(MODEL, params, requests_of([[1]], endless), max_length=16)[0].tokens) == 15
+    (found,) = answers(MODEL, params, requests_of([[1]], endless), max_length=16)
+    assert len(found.tokens) == 15
 
 
 def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt(params: Params) -> None:
@@ -373,29 +424,35 @@ class Scripted(Llama):
         segments_BT: jax.Array | None = None,
         cache: KVCache | None = None,
         head: str = "lm",
+        rows_B: jax.Array | None = None,
     ) -> Output:
         said = params["script"].at[positions_BT].get(mode="fill", fill_value=0)
         return Output(jax.nn.one_hot(said, self.config.vocab_size) * 50, cache, {})
 
 
+def prompts_of(
+    contents: Sequence[str | list[int]], sampling: SamplingConfig, ends: Sequence[int] = ()
+) -> list[Prompt]:
+    return [Prompt(content, sampling, ends, index) for index, content in enumerate(contents)]
+
+
 def say(
     tokenizer: Tokenizer,
     ids: list[int],
-    ends: list[int] | None = None,
+    ends: Sequence[int] | None = None,
     stop: tuple[str, ...] = (),
     prompt: str | list[int] = "",
 ) -> tuple[Completion, list[str]]:
     """The completion by a model that says these ids after its first token; the parts it came in."""
     config = CONFIG.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    sampling = SamplingConfig(max_new_tokens=100, temperature=0, stop=stop)
     parts: list[str] = []
-    (completion,) = generate(
+    ((completion,),) = generate(
         Scripted(config),
         {"layers": {}, "script": jnp.array([*ids, *[2] * (100 - len(ids))])},  # then </s>
         tokenizer,
-        [prompt],
-        SamplingConfig(max_new_tokens=100, temperature=0, stop=stop),
-        ends,
-        on_text=lambda number, text: parts.append(text),
+        prompts_of([prompt], sampling, tokenizer.eos_ids if ends is None else ends),
+        on_text=lambda number, answer, text: parts.append(text),
     )
     return completion, parts
 
@@ -489,24 +546,27 @@ def test_text_continues_its_prompt(tokenizer: Tokenizer) -> None:
     config = CONFIG.model_copy(update={"vocab_size": tokenizer.vocab_size})
     model = Llama(config)
     params = jax.jit(model.init)(jax.random.key(0))
-    prompts = ["the cat", "one"]
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    contents = ["the cat", "one"]
+    ids = [tokenizer.encode(prompt, bos=True) for prompt in contents]
     warm = SamplingConfig(temperature=1, top_p=1, max_new_tokens=20)
-    found = generate(model, params, tokenizer, prompts, warm)
-    for prompt, prompt_ids, one in zip(prompts, ids, found, strict=True):
+    found = generate(model, params, tokenizer, prompts_of(contents, warm))
+    for prompt, prompt_ids, (one,) in zip(contents, ids, found, strict=True):
         assert prompt + one.text == tokenizer.decode(prompt_ids + one.tokens)
     # The space between two words is a part of the second.
     words = tokenizer.encode("the cat", bos=True)
     cut = next(n for n in range(len(words)) if tokenizer.decode(words[:n]) == "the")
     assert say(tokenizer, words[1:], prompt=words[:cut])[0].text == " cat"
-    # Ids are taken as they are; streaming changes nothing; text goes to its own prompt.
-    parts = {0: "", 1: ""}
+    # Ids are taken as they are; streaming changes nothing; text goes to its own prompt and answer.
+    pair = warm.model_copy(update={"n": 2})
+    parts = dict.fromkeys(itertools.product(range(2), range(2)), "")
 
-    def on_text(number: int, text: str) -> None:
-        parts[number] += text
+    def on_text(number: int, answer: int, text: str) -> None:
+        parts[number, answer] += text
 
-    assert generate(model, params, tokenizer, ids, warm, on_text=on_text) == found
-    assert list(parts.values()) == [one.text for one in found]
+    pairs = generate(model, params, tokenizer, prompts_of(ids, pair), on_text=on_text)
+    assert [first for first, _ in pairs] == [one for (one,) in found]
+    assert parts == {(i, k): one.text for i, two in enumerate(pairs) for k, one in enumerate(two)}
+    assert all(first.text != second.text for first, second in pairs)
 
 
 def test_end_ids_may_differ_from_the_tokenizer_s(tokenizer: Tokenizer) -> None:
@@ -523,8 +583,12 @@ def test_a_trained_model_tells_its_story_up_to_the_stop_string(shared_data: Path
     params, tokenizer = unstack(params), tokenizers.load(folder)
     greedy = SamplingConfig(temperature=0, max_new_tokens=60, stop=("play",))
     parts: list[str] = []
-    (found,) = generate(
-        Llama(config), params, tokenizer, [""], greedy, on_text=lambda _, text: parts.append(text)
+    ((found,),) = generate(
+        Llama(config),
+        params,
+        tokenizer,
+        prompts_of([""], greedy),
+        on_text=lambda number, answer, text: parts.append(text),
     )
     story = "Once upon a time, there was a little girl named Lily. She loved to "
     assert ("".join(parts), found.text, found.finish_reason) == (story, story, "stop")
@@ -532,12 +596,7 @@ def test_a_trained_model_tells_its_story_up_to_the_stop_string(shared_data: Path
 
 def test_text_errors(tokenizer: Tokenizer, params: Params) -> None:
     config = CONFIG.model_copy(update={"vocab_size": tokenizer.vocab_size})
-    model = Llama(config)
     with pytest.raises(ValueError, match="the tokenizer has 300 ids, the model 96"):
-        generate(MODEL, params, tokenizer, ["a"], GREEDY)
-    with pytest.raises(ValueError, match="give a list"):
-        generate(model, params, tokenizer, "text", GREEDY)
-    with pytest.raises(ValueError, match="stop string is empty"):
-        generate(model, params, tokenizer, ["a"], SamplingConfig(stop=("x", "")))
+        generate(MODEL, params, tokenizer, prompts_of(["a"], GREEDY))
     with pytest.raises(ValueError, match="lone surrogate"):
-        generate(model, params, tokenizer, ["\ud800"], GREEDY)
+        generate(Llama(config), params, tokenizer, prompts_of(["\ud800"], GREEDY))

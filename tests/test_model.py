@@ -85,8 +85,8 @@ def dirty_cache(layout: str, batch: int, length: int, model: Llama = MODEL) -> K
 
 
 def per_layer(cache: KVCache) -> list[np.ndarray]:
-    """Every layer's keys and values (B, S, K, H), whatever the layout."""
-    return [np.asarray(layer) for slabs in (cache.key, cache.value) for layer in slabs]
+    """Every layer's keys and values as (B, S, K, H), whatever the layout."""
+    return [np.swapaxes(layer, 1, 2) for slabs in (cache.key, cache.value) for layer in slabs]
 
 
 def assert_close(ours: Any, theirs: Any) -> None:
@@ -245,15 +245,15 @@ def test_attention_is_softmax_attention():
     """Query head n reads key head n // (N / K); in float64, head by head."""
     numbers = np.random.default_rng(3)
     q = numbers.normal(size=(1, 5, N, H))
-    k, v = numbers.normal(size=(2, 1, 5, K, H))
+    k, v = numbers.normal(size=(2, 1, K, 5, H))
     positions = np.arange(5)[None]
     arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
     ours = attend(*arrays, Visibility(positions))
     for n in range(N):
-        scores = q[0, :, n] @ k[0, :, n // (N // K)].T / np.sqrt(H)
+        scores = q[0, :, n] @ k[0, n // (N // K)].T / np.sqrt(H)
         weights = np.exp(scores) * np.tri(5)
         weights /= weights.sum(axis=1, keepdims=True)
-        assert_close(ours[0, :, n], weights @ v[0, :, n // (N // K)])
+        assert_close(ours[0, :, n], weights @ v[0, n // (N // K)])
 
 
 @pytest.mark.parametrize("length", [128, 129, 300, 1100])
@@ -261,7 +261,7 @@ def test_attention_in_blocks_of_queries_is_attention(length):
     """Values and gradients against jax's own, with packed documents and padding."""
     numbers = np.random.default_rng(4)
     q = jnp.asarray(numbers.normal(size=(1, length, N, H)), jnp.float32)
-    k, v = jnp.asarray(numbers.normal(size=(2, 1, length, K, H)), jnp.float32)
+    k, v = jnp.asarray(numbers.normal(size=(2, 1, K, length, H)), jnp.float32)
     direction = jnp.asarray(numbers.normal(size=q.shape), jnp.float32)
     first = length // 3
     positions = jnp.concatenate([jnp.arange(first), jnp.arange(length - first)])[None]
@@ -269,6 +269,7 @@ def test_attention_in_blocks_of_queries_is_attention(length):
     visibility = Visibility(positions, segments)
 
     def theirs(q, k, v):
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         mask = visibility.mask()[:, None]
         return jnp.sum(direction * jax.nn.dot_product_attention(q, k, v, mask=mask))
 

@@ -1,5 +1,8 @@
 """Choosing tokens: every filter against a plain sort, draws against their probabilities."""
 
+import itertools
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +19,7 @@ from llama_jax.generate.sampling import (
     uniforms,
     weights,
 )
-from llama_jax.generate.settings import SamplingConfig
+from llama_jax.generate.settings import ALTERNATIVES, SamplingConfig
 
 V = 97
 ROWS = 32  # of nearly all tests, which so share two compiled programs
@@ -29,7 +32,8 @@ def logits_of(rows: int = ROWS, seed: int = 0) -> jax.Array:
 
 def settings_of(*configs: SamplingConfig) -> Settings:
     """The configs over and over for ROWS rows, which are numbered."""
-    return Settings.of([configs[row % len(configs)] for row in range(ROWS)], range(ROWS))
+    rows = [configs[row % len(configs)] for row in range(ROWS)]
+    return Settings.of(rows, range(ROWS), [0] * ROWS)
 
 
 def reference_weights(logits_V: np.ndarray, config: SamplingConfig) -> np.ndarray:
@@ -119,21 +123,16 @@ def test_equal_logits_are_cut_to_size() -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[11]], ids=str)
-@pytest.mark.parametrize("vary", ["index", "position", "seed"])
+@pytest.mark.parametrize("vary", ["index", "answer", "position", "seed"])
 def test_draws_are_as_frequent_as_their_probabilities(config: SamplingConfig, vary: str) -> None:
     n = 6_000
     logits = jnp.broadcast_to(logits_of(1), (n, V)) / 2
     running, still = jnp.arange(n), jnp.full(n, 7)
-    settings = jax.tree.map(lambda x: jnp.repeat(x, n), Settings.of([config], [0]))
-    settings = Settings(
-        settings.temperature,
-        settings.top_k,
-        settings.top_p,
-        settings.min_p,
-        seed=(running if vary == "seed" else still).astype(jnp.uint32),
-        index=(running if vary == "index" else still).astype(jnp.uint32),
-    )
-    drawn = compiled_sample(logits, settings, running if vary == "position" else still)
+    settings = jax.tree.map(lambda x: jnp.repeat(x, n), Settings.of([config], [0], [0]))
+    parts = dict.fromkeys(("seed", "index", "answer", "position"), still) | {vary: running}
+    position = parts.pop("position")
+    settings = replace(settings, **{name: x.astype(jnp.uint32) for name, x in parts.items()})
+    drawn = compiled_sample(logits, settings, position)
 
     w = reference_weights(np.asarray(logits[0]), config)
     counts, expected = np.bincount(drawn, minlength=V), n * w / w.sum()
@@ -152,19 +151,20 @@ def test_a_row_draws_alone_what_it_draws_among_others() -> None:
     together = compiled_sample(logits, settings_of(*configs), positions)
     for row, config in enumerate(configs):
         only = slice(row, row + 1)
-        alone = compiled_sample(logits[only], Settings.of([config], [row]), positions[only])
+        alone = compiled_sample(logits[only], Settings.of([config], [row], [0]), positions[only])
         assert alone.item() == together[row], config
 
 
-def test_seed_index_and_position_each_change_the_draw() -> None:
-    def uniform(seed: int, index: int, position: int) -> float:
-        settings = Settings.of([SamplingConfig(seed=seed)], [index])
+def test_seed_index_answer_and_position_each_change_the_draw() -> None:
+    def uniform(seed: int, index: int, answer: int, position: int) -> float:
+        settings = Settings.of([SamplingConfig(seed=seed)], [index], [answer])
         return uniforms(settings, jnp.array([position])).item()
 
     # (seed, index) and (index, seed) are different streams, which adding them up would not give.
-    numbers = [uniform(*args) for args in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)]]
-    assert len(set(numbers)) == len(numbers)
-    assert uniform(2**32 - 1, 2**32 - 1, 5) == uniform(2**32 - 1, 2**32 - 1, 5)
+    of_four = list(itertools.product((0, 1), repeat=4))
+    assert len({uniform(*numbers) for numbers in of_four}) == len(of_four)
+    largest = (2**32 - 1, 2**32 - 1, 2**32 - 1, 5)
+    assert uniform(*largest) == uniform(*largest)
 
 
 @pytest.mark.parametrize(
@@ -223,11 +223,10 @@ def test_other_settings_do_not_compile_anew() -> None:
         program(logits, settings_of(config), positions)  # raises where it does not fit
 
 
-@pytest.mark.parametrize(("field", "value"), [("seed", 2**32), ("seed", 2**63), ("index", -1)])
-def test_random_keys_that_do_not_fit_are_refused(field: str, value: int) -> None:
-    config = SamplingConfig(seed=value if field == "seed" else 0)
-    with pytest.raises(ValueError, match=rf"{field} {value} is out of range"):
-        Settings.of([config], [value if field == "index" else 0])
+@pytest.mark.parametrize("index", [-1, 2**32, 2**63])
+def test_random_keys_that_do_not_fit_are_refused(index: int) -> None:
+    with pytest.raises(ValueError, match=rf"index {index} is out of range"):
+        Settings.of([SamplingConfig()], [index], [0])
 
 
 @pytest.mark.parametrize(
@@ -238,7 +237,14 @@ def test_random_keys_that_do_not_fit_are_refused(field: str, value: int) -> None
         *[("top_p", v) for v in (0, -0.1, 2, float("nan"))],
         *[("min_p", v) for v in (-0.1, 1.1, float("nan"))],
         *[("max_new_tokens", v) for v in (0, -1, 0.5)],
-        *[("seed", v) for v in (-1, 0.5)],
+        *[("seed", v) for v in (-1, 0.5, 2**32, 2**63)],
+        *[("n", v) for v in (0, -1, 1.5)],
+        *[("num_beams", v) for v in (0, 65)],
+        *[("logprobs", v) for v in (-1, ALTERNATIVES + 1)],
+        *[("repetition_penalty", v) for v in (0, -1.0, float("nan"))],
+        *[("presence_penalty", v) for v in (float("nan"), float("inf"))],
+        *[("frequency_penalty", v) for v in (float("nan"), float("-inf"))],
+        ("no_repeat_ngram", -1),
     ],
 )
 def test_nonsense_settings_are_refused_by_name(field: str, value: object) -> None:

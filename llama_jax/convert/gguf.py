@@ -114,8 +114,8 @@ def _config(
     if unknown := sorted(values.keys() - KNOWN):
         raise ConfigError(f"{origin}: llama.{unknown[0]:.80} is not understood.")
     for key, value in values.items():
-        if type(value) not in (int, float, bool, str) or (isinstance(value, str) and value[80:]):
-            raise ConfigError(f"{origin}: llama.{key} is {value!r:.80}, expected one number.")
+        if type(value) not in (int, float, bool, str):
+            raise ConfigError(f"{origin}: llama.{key} is a list, expected one value.")
     if values.get("expert_count") or values.get("expert_used_count"):
         raise ConfigError(f"{origin}: a mixture of experts; only dense models are read.")
     heads, width = values.get("attention.head_count"), values.get("embedding_length")

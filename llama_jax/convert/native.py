@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import yaml
 
-from llama_jax.config import ConfigError, ModelConfig, Schema, parse
+from llama_jax.config import ConfigError, ModelConfig, Schema, parse, read_yaml
 from llama_jax.convert import names
 from llama_jax.convert.settings import ConvertConfig
 from llama_jax.convert.source import (
@@ -49,6 +49,13 @@ class Converted(Schema):
     """How matrices are stored."""
 
 
+class RunData(Schema, extra="ignore"):
+    """Section `data` of a run's config.yaml."""
+
+    sequence_length: int | None
+    """Tokens of a row."""
+
+
 def open_folder(folder: Path) -> Source:
     """Opens a run, a checkpoints folder or one step, whose files are compared with its manifest.
 
@@ -58,8 +65,8 @@ def open_folder(folder: Path) -> Source:
     """
     found = checkpoint.find(folder, [TREE])
     origin = str(found.folder)
-    values = found.config()
-    if not isinstance(values, dict) or "model" not in values:
+    values = read_yaml(found.folder / checkpoint.CONFIG)
+    if "model" not in values:
         raise ConfigError(f"{origin}/{checkpoint.CONFIG}: has no section `model`.")
     config = parse(ModelConfig, values["model"], origin)
     converted = None if "data" in values else parse(Converted, values, origin)
@@ -95,8 +102,9 @@ def open_folder(folder: Path) -> Source:
     }
     _check(stored, config, is_int8, origin)
     tokenizer = find_tokenizer(found.folder)
-    if converted is None:  # of a run
-        ends, length = None, values["data"]["sequence_length"]
+    if converted is None:
+        # Of a run, maybe of another version: only what is needed is looked at.
+        ends, length = None, parse(RunData, values["data"], origin).sequence_length
     else:
         ends, length = converted.end_ids, converted.context_length
     return Source(

@@ -117,8 +117,11 @@ class Decoder:
         Tokens beyond the row's context may follow: what they store is overwritten before any query
         sees it; what does not fit into the cache is dropped.
         """
+        # One row cannot be split as a batch is: each part of the mesh computes all of it.
+        rules = self.model.rules
+        model = replace(self.model, rules=rules and rules.replace(batch=None))
         positions_BT = start + jnp.arange(tokens_T.shape[0])[None]
-        output = self.model.apply(
+        output = model.apply(
             params,
             tokens_T[None],
             positions_BT,

@@ -81,8 +81,9 @@ def for_decoding(params: Params, rows: int, consume: bool = False) -> Params:
     """The parameters in the layout for decoding `rows` rows at a time on this platform.
 
     On a CPU layers are unstacked, because a scan would copy every layer's weights for every token,
-    and matrices are output-major; bf16 and int8 ones are in words where rows is 1. An embedding
-    that is only looked up stays as it is. Elsewhere parameters stay as they are.
+    and matrices are output-major; where rows is 1, bf16 and int8 ones whose inputs fill words are
+    in words. An embedding that is only looked up stays as it is. Elsewhere parameters stay as they
+    are.
 
     With `consume` the given matrices are deleted one by one, so that memory never holds two models.
     """
@@ -94,8 +95,9 @@ def for_decoding(params: Params, rows: int, consume: bool = False) -> Params:
         if name == "embed" and not is_tied:
             return matrix
         weight = _output_major(name, matrix)
-        narrow = weight.values.dtype.itemsize < 4
-        return _words(weight, OUTPUTS[name]) if rows == 1 and narrow else weight
+        if rows > 1 or not Words.can_hold(weight, OUTPUTS[name]):
+            return weight
+        return _words(weight, OUTPUTS[name])
 
     def convert_layers(name: str, stacked: Any) -> tuple[Any, ...]:
         layers = range(jax.tree.leaves(stacked)[0].shape[0])
