@@ -15,7 +15,7 @@ from llama_jax.convert.formats import open_source
 from llama_jax.convert.source import load_params
 from llama_jax.generate.settings import GenerateConfig, SamplingConfig
 from llama_jax.generate.text import Completion, OnDone, OnText, Prompt, generate
-from llama_jax.model.layout import for_decoding, quantize
+from llama_jax.model.layout import for_decoding, int8_axes, int8_shapes, quantize
 from llama_jax.model.llama import Llama, Params
 from llama_jax.tokenizer import Tokenizer
 from sharding.mesh import make_mesh
@@ -34,6 +34,7 @@ class LanguageModel:
         (model.layout).
     tokenizer: text to ids and back.
     end_ids: ids that end a text.
+    context_length: positions it was trained for; None where the files do not say.
     """
 
     model: Llama
@@ -41,6 +42,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     end_ids: tuple[int, ...]
     mesh: Mesh
+    context_length: int | None
 
     @property
     def config(self) -> ModelConfig:
@@ -155,7 +157,8 @@ def load(
         path: the file or folder.
         dtype: of parameters, activations and cache.
         mesh: devices to lay the parameters out over; by default the first one holds all.
-        weights: int8 rounds every matrix to a scale for each output.
+        weights: int8 rounds every matrix to 8 bits and a scale for each output. A checkpoint that
+            was converted so is loaded so.
         rows: how many rows will be decoded at a time, which a CPU's layout is chosen for.
 
     Raises:
@@ -167,10 +170,14 @@ def load(
     compute, rules = ComputeConfig(dtype=dtype), PRESETS[mesh.rules]
     model = Llama(source.config, compute, rules)
     devices = make_mesh(mesh.sizes, jax.devices()[:1] if mesh == ONE_DEVICE else None)
-    places = shardings(model.shapes(), model.axes(), devices, rules)
-    params = load_params(source, jnp.dtype(dtype), places)
+    shapes, axes = model.shapes(), model.axes()
+    if source.int8 is not None:
+        shapes, axes = int8_shapes(shapes), int8_axes(axes)
+    params = load_params(source, jnp.dtype(dtype), shardings(shapes, axes, devices, rules))
     with jax.set_mesh(devices):
         if weights == "int8":
             params = quantize(params, consume=True)
         params = for_decoding(params, rows, consume=True)
-    return LanguageModel(model, params, source.tokenizer, source.end_ids, devices)
+    return LanguageModel(
+        model, params, source.tokenizer, source.end_ids, devices, source.context_length
+    )

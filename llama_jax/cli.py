@@ -18,6 +18,7 @@ from llama_jax import flags, process
 from llama_jax.chat.settings import ChatConfig
 from llama_jax.config import ConfigError, Schema
 from llama_jax.convert.settings import ConvertConfig, VerifyConfig
+from llama_jax.evaluate.settings import EvaluateConfig
 from llama_jax.generate.settings import GenerateConfig
 
 DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
@@ -69,6 +70,11 @@ COMMANDS = {
         ChatConfig,
         "llama_jax.chat.terminal:chat",
         "Talk with a chat model in the terminal.",
+    ),
+    "evaluate": Command(
+        EvaluateConfig,
+        "llama_jax.evaluate.command:evaluate",
+        "Measure how well a model predicts a text: perplexity, bits per byte.",
     ),
     "tokenizer train": Command(
         schema.TokenizerTrainConfig,

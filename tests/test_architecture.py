@@ -22,12 +22,10 @@ REPOSITORY = Path(__file__).parents[1]
 ROWS = {
     10: ["main"],
     9: ["llama_jax.cli"],
-    8: [
-        "llama_jax.demo",
-        "llama_jax.generate.command",
-        "llama_jax.models",
-        "llama_jax.chat",
-    ],  # commands that use everything
+    8: [  # commands that use everything
+        *("llama_jax.demo", "llama_jax.models", "llama_jax.chat"),
+        *("llama_jax.generate.command", "llama_jax.evaluate.command"),
+    ],
     7: ["llama_jax"],  # __init__.py alone: the api under its short name
     6: ["llama_jax.api"],
     5: ["llama_jax.convert", "llama_jax.evaluate"],
@@ -44,7 +42,8 @@ ROWS = {
     1: [
         *("llama_jax.model.ops", "llama_jax.model.count"),
         *("llama_jax.convert.names", "llama_jax.convert.settings"),
-        *("llama_jax.generate.settings", "llama_jax.flags", "llama_jax.process"),
+        *("llama_jax.generate.settings", "llama_jax.evaluate.settings"),
+        *("llama_jax.flags", "llama_jax.process"),
     ],
     0: ["llama_jax.config", "sharding"],
 }

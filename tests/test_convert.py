@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from models import CASES, GOLDEN, change_config, converted, huggingface_folder
+from models import CASES, GOLDEN, change_config, converted, huggingface_folder, speaking_folder
 from safetensors.numpy import load_file, save_file
 
 import llama_jax
@@ -23,7 +23,6 @@ from llama_jax.convert import formats, huggingface, names
 from llama_jax.convert.formats import open_source
 from llama_jax.convert.source import DTYPES, Stored, load_params, narrowest
 from llama_jax.model.llama import Llama
-from llama_jax.tokenizer.sentencepiece import SentencePiece
 from llama_jax.tokenizer.train import train
 from llama_jax.train import checkpoint
 from sharding.mesh import make_mesh
@@ -211,21 +210,9 @@ def test_of_a_layer_only_the_asked_slice_is_touched():
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    words = ["the cat sat on the mat", "abc abd stop here now", "one two three"]
-    return SentencePiece(train(words * 20, vocab_size=300), "words")
-
-
-@pytest.fixture(scope="module")
-def speaking(tmp_path_factory, tokenizer):
-    """A Hugging Face folder with a tokenizer: 300 pieces, 320 rows, two ids that end a text."""
-    folder = huggingface_folder(tmp_path_factory.mktemp("speaking") / "model", "llama3.2_tied")
-    weights = load_file(folder / "model.safetensors")
-    rng = np.random.default_rng(0)
-    weights["model.embed_tokens.weight"] = rng.standard_normal((320, 32), np.float32)
-    save_file(weights, folder / "model.safetensors")
-    change_config(folder, vocab_size=320, eos_token_id=[2, 17], rope_parameters=META_ROPE)
-    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+def speaking(tmp_path_factory):
+    folder = speaking_folder(tmp_path_factory.mktemp("speaking") / "model")
+    change_config(folder, rope_parameters=META_ROPE)
     return folder
 
 

@@ -16,8 +16,9 @@ class ConvertConfig(Schema):
     """Folder (gguf: file) to write; must not exist, and is complete or absent afterwards."""
     to: Literal["llama_jax", "huggingface", "meta", "gguf"]
     """Format to write."""
-    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
-    """Type to write; none keeps the stored one. q8_0 (gguf): 8 bits a weight and a scale for 32."""
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "q8_0"] | None = None
+    """Type to write; none keeps the stored one. int8 (llama_jax): 8 bits a weight and a scale for
+    each output of a matrix. q8_0 (gguf): 8 bits a weight and a scale for 32."""
     shards: int = Field(default=1, ge=1)
     """meta: number of consolidated.NN.pth files, one for each of the GPUs that will read them."""
     context_length: int | None = Field(default=None, gt=0)
@@ -27,8 +28,11 @@ class ConvertConfig(Schema):
 
     @model_validator(mode="after")
     def _settings_suit_the_format(self) -> Self:
-        if self.dtype == "q8_0" and self.to != "gguf":
-            raise ValueError(f"dtype q8_0 is of gguf; {self.to} takes float32, bfloat16 or float16")
+        only = {"int8": "llama_jax", "q8_0": "gguf"}.get(self.dtype or "", self.to)
+        if only != self.to:
+            raise ValueError(
+                f"dtype {self.dtype} is of {only}; {self.to} takes float32, bfloat16 or float16"
+            )
         if self.shards != 1 and self.to != "meta":
             raise ValueError(f"shards is read only with to: meta, not {self.to}")
         return self

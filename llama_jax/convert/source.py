@@ -18,6 +18,7 @@ import numpy as np
 
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.convert import names
+from llama_jax.model.ops.weight import OutputMajor
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.tokenizer import load as load_tokenizer
 
@@ -66,6 +67,8 @@ class Source:
     tensor: (row of the table, layer) -> the array as stored, with our axes, unstacked.
     stacked: (row, ShapeDtypeStruct with a sharding) -> all layers at once, laid out and cast; None
         where the format keeps layers apart.
+    int8: (row of a matrix, its tree of shardings) -> all its layers as model.layout.quantize makes
+        them; None where matrices are not stored so. `tensor` then gives their values in fp32.
     """
 
     format: names.Format
@@ -77,6 +80,7 @@ class Source:
     dtype: np.dtype
     tensor: Callable[[names.Tensor, int], np.ndarray]
     stacked: Callable[[names.Tensor, jax.ShapeDtypeStruct], jax.Array] | None = None
+    int8: Callable[[names.Tensor, OutputMajor], OutputMajor] | None = None
 
     @property
     def parameters(self) -> int:
@@ -242,7 +246,8 @@ def load_params(
         source: the model.
         dtype: type of every array; None for the source's.
         shardings: the tree with a sharding for each array, or one for all: every device then gets
-            its slice, and only that is read. None gives numpy arrays.
+            its slice, and only that is read. None gives numpy arrays. Of a source with int8 the
+            tree may be that of model.layout.int8_shapes: its matrices are then loaded in int8.
         advance: called with the bytes of each tensor when it is read.
 
     Raises:
@@ -260,12 +265,15 @@ def load_params(
         leaf = _load(source, row, dtype, place)
         branch[row.path[-1]] = leaf
         if advance:
-            advance(leaf.nbytes)
+            advance(sum(array.nbytes for array in jax.tree.leaves(leaf)))
     return params
 
 
 def _load(source: Source, row: names.Tensor, dtype: np.dtype, sharding: Any) -> Any:
-    """One array of our tree: numpy without a sharding."""
+    """One array of our tree: numpy without a sharding. Or a matrix in int8."""
+    if isinstance(sharding, OutputMajor):
+        assert source.int8 is not None  # or nobody may ask for it
+        return source.int8(row, sharding)
     shape = names.our_shape(row, source.config)
     whole = (slice(None),) * len(shape)
     if sharding is None:

@@ -24,13 +24,52 @@ def quantize(params: Params, consume: bool = False) -> Params:
     """The parameters with every matrix in int8 and a scale for each output; norms stay floats.
 
     The weights of an output are rounded to 127 steps of the largest of them: symmetric, without a
-    zero point. With `consume` the given matrices are deleted one by one.
+    zero point. Matrices that are in int8 stay as they are. With `consume` the given matrices are
+    deleted one by one.
+
+    Raises:
+        ValueError: layers are not stacked.
     """
+    if isinstance(params["layers"], tuple):
+        raise ValueError("layers are unstacked: quantise the parameters before that")
 
     def convert(name: str, matrix: Any) -> Any:
-        return _int8(_output_major(name, matrix), INPUTS[name])
+        weight = _output_major(name, matrix)
+        return _int8(weight, INPUTS[name]) if weight.scale is None else weight
 
     return _map_matrices(convert, params, consume)
+
+
+def int8_shapes(shapes: Params) -> Params:
+    """The tree of `quantize(params)` as ShapeDtypeStructs, from that of the parameters."""
+
+    def convert(name: str, matrix: Any) -> OutputMajor:
+        values, scale = int8_order(name, matrix.shape)
+        return OutputMajor(
+            jax.ShapeDtypeStruct(values, jnp.int8),  # type: ignore[arg-type]
+            jax.ShapeDtypeStruct(scale, jnp.float32),  # type: ignore[arg-type]
+        )
+
+    return _map_matrices(convert, shapes, consume=False)
+
+
+def int8_axes(axes: Params) -> Params:
+    """The tree of `quantize(params)` with logical axis names, from that of the parameters."""
+
+    def convert(name: str, matrix: Any) -> OutputMajor:
+        return OutputMajor(*int8_order(name, matrix))
+
+    return _map_matrices(convert, axes, consume=False)
+
+
+def int8_order(name: str, axes: Any) -> Any:
+    """Axes of a matrix (sizes, or names) as they are in int8: those of its values and its scale."""
+    inputs, outputs = INPUTS[name], OUTPUTS[name]
+    if name != "embed":
+        stacked = len(axes) - inputs - outputs
+        ins, outs = axes[stacked : stacked + inputs], axes[stacked + inputs :]
+        axes = axes[:stacked] + outs + ins
+    return axes, axes[: len(axes) - inputs]
 
 
 def is_quantized(params: Params) -> bool:
@@ -42,8 +81,9 @@ def for_decoding(params: Params, rows: int, consume: bool = False) -> Params:
     """The parameters in the layout for decoding `rows` rows at a time on this platform.
 
     On a CPU layers are unstacked, because a scan would copy every layer's weights for every token,
-    and matrices are output-major; bf16 and int8 ones are in words where rows is 1. An embedding
-    that is only looked up stays as it is. Elsewhere parameters stay as they are.
+    and matrices are output-major; where rows is 1, bf16 and int8 ones whose inputs fill words are
+    in words. An embedding that is only looked up stays as it is. Elsewhere parameters stay as they
+    are.
 
     With `consume` the given matrices are deleted one by one, so that memory never holds two models.
     """
@@ -55,8 +95,9 @@ def for_decoding(params: Params, rows: int, consume: bool = False) -> Params:
         if name == "embed" and not is_tied:
             return matrix
         weight = _output_major(name, matrix)
-        narrow = weight.values.dtype.itemsize < 4
-        return _words(weight, OUTPUTS[name]) if rows == 1 and narrow else weight
+        if rows > 1 or not Words.can_hold(weight, OUTPUTS[name]):
+            return weight
+        return _words(weight, OUTPUTS[name])
 
     def convert_layers(name: str, stacked: Any) -> tuple[Any, ...]:
         layers = range(jax.tree.leaves(stacked)[0].shape[0])

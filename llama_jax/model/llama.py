@@ -21,7 +21,7 @@ from llama_jax.model.cache import KVCache, LayerCache
 from llama_jax.model.feed_forward import FeedForward
 from llama_jax.model.ops.attend import Visibility
 from llama_jax.model.ops.norm import rms_norm
-from llama_jax.model.ops.product import product
+from llama_jax.model.ops.product import Weight, product
 from llama_jax.model.ops.rope import rotations
 from llama_jax.model.ops.weight import take
 from llama_jax.model.param import box, fan_in_normal, param, split, stack_boxes
@@ -216,9 +216,12 @@ class Llama:
                     logits = product("BTD,DV->BTV", x, params["head"], jnp.float32)
                 return constrain(logits, ("batch", "seq", "act_vocab"), self.rules)
 
-    def output_weight(self, params: Params) -> jax.Array:
-        """The (D, V) matrix that turns hidden states into logits."""
-        return params["embed"].T if self.config.tie_embeddings else params["head"]
+    def output_weight(self, params: Params) -> Any:
+        """The (D, V) matrix that turns hidden states into logits, in the layout it is given in."""
+        if not self.config.tie_embeddings:
+            return params["head"]
+        embed = params["embed"]
+        return embed if isinstance(embed, Weight) else embed.T
 
 
 def _rematerialise(block: Any, compute: ComputeConfig, inside_scan: bool) -> Any:

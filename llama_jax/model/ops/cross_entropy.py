@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llama_jax.model.ops.product import product
+from llama_jax.model.ops.product import Weight, product
 
 
 def cross_entropy(
@@ -53,6 +53,25 @@ def cross_entropy(
         )
     total, sums = _summed(hidden_BTD, head_DV, targets_BT, weights_BT, chunks, z_loss)
     return total, lax.stop_gradient(sums)
+
+
+def token_losses(
+    hidden_BTD: jax.Array, head_DV: jax.Array | Weight, targets_BT: jax.Array, chunks: int
+) -> jax.Array:
+    """-log p(target) of every token in nats, (B, T) fp32: what evaluation reports.
+
+    Args:
+        hidden_BTD, targets_BT: as for `cross_entropy`.
+        head_DV: as for `cross_entropy`, or in a layout of model.ops.weight.
+        chunks: parts of T whose logits exist one after the other; divides T.
+    """
+
+    def chunk(_, inputs):
+        hidden_BTD, targets_BT = inputs
+        ones_BT = jnp.ones(targets_BT.shape)
+        return None, _losses(_logits(hidden_BTD, head_DV), targets_BT, ones_BT, 0.0)[1]
+
+    return _join(lax.scan(chunk, None, _cut((hidden_BTD, targets_BT), chunks))[1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -80,17 +80,17 @@ class Words:
     scale: jax.Array | None = None
 
     @staticmethod
-    def of(weight: OutputMajor, outputs: int) -> "Words":
-        """The numbers of a bf16 or int8 weight with this many output axes, as words.
+    def can_hold(weight: OutputMajor, outputs: int) -> bool:
+        """Whether the numbers are narrow, and the inputs of an output fill words."""
+        size = weight.values.dtype.itemsize
+        return size < 4 and math.prod(weight.values.shape[outputs:]) * size % 4 == 0
 
-        Raises:
-            ValueError: the number of inputs is not a multiple of the values of a word.
-        """
+    @staticmethod
+    def of(weight: OutputMajor, outputs: int) -> "Words":
+        """The numbers of a weight that words `can_hold`, with this many output axes."""
         outs = weight.values.shape[:outputs]
         count = 4 // weight.values.dtype.itemsize
         values = weight.values.reshape(math.prod(outs), -1)
-        if values.shape[1] % count:
-            raise ValueError(f"{values.shape[1]} inputs do not fill words of {count}")
         words = lax.bitcast_convert_type(values.reshape(len(values), -1, count), jnp.uint32)
         return Words(words.T.reshape(-1, *outs), weight.scale)
 
@@ -184,8 +184,8 @@ def _cpu_product(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> ja
     if scale is None:
         return lax.optimization_barrier(_sums("oi,ri->or", weight.astype(x.dtype), x)).T
     if len(x) > FEW_ROWS:
-        x, weight = x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
-        return lax.optimization_barrier(_sums("oi,ri->or", weight, x)).T * scale.reshape(-1)
+        y = lax.optimization_barrier(_sums("oi,ri->or", weight.astype(x.dtype), x))
+        return y.T * scale.reshape(-1)
     # Activations to 15 bits, as two int8: their products are faster than widening the weights.
     x = x.astype(jnp.float32)
     unit = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 127
