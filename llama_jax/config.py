@@ -41,8 +41,14 @@ class Schema(BaseModel):
     @classmethod
     def _spell_out(cls, value: Any) -> Any:
         values = cls.spelled_out(value)
-        for name, given in values.items() if isinstance(values, dict) else ():
+        if not isinstance(values, dict):
+            return values
+        for name, given in list(values.items()):
             field = cls.model_fields.get(name)
+            # A section that is given in part keeps the defaults of the place where it stands.
+            if field and isinstance(given, dict) and isinstance(field.default, Schema):
+                default = field.default.model_dump(exclude_unset=True, by_alias=True)
+                values = {**values, name: {**default, **given}}
             # To Python (and so to pydantic) true is the number 1.
             if isinstance(given, bool) and field and field.annotation in (int, float):
                 raise ValueError(f"{name} must be a number, not {str(given).lower()}")

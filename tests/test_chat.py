@@ -3,13 +3,13 @@
 import io
 import pty
 import sys
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 from corpora import tiny_tiktoken, tiny_tokenizer
 
 from llama_jax import cli
+from llama_jax.api import LanguageModel
 from llama_jax.chat import terminal as chat
 from llama_jax.chat.settings import ChatConfig
 
@@ -185,17 +185,14 @@ def test_a_format_that_the_tokenizer_lacks_is_refused_at_once(capsys, shared_dat
 
 
 def test_an_answer_ends_at_the_ends_of_the_model_and_of_the_format(monkeypatch):
-    @dataclass(frozen=True)
-    class Model:
-        end_ids: tuple[int, ...]
-        tokenizer: object = tiny_tiktoken()
-
+    class Model(LanguageModel):
         def generate(self, prompts, *_, **__):
             asked.append(self.end_ids)
             return [SimpleNamespace(tokens=[], finish_reason="eos")]
 
+    model = Model(model=None, params=None, tokenizer=tiny_tiktoken(), end_ids=(7,), mesh=None)
     asked = []
-    monkeypatch.setattr(chat, "load", lambda *_: Model(end_ids=(7,)))
+    monkeypatch.setattr(chat, "load", lambda *_, **__: model)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     assert chat.chat(config()) == 0
     assert asked == [(7, *tiny_tiktoken().eos_ids)]

@@ -7,8 +7,18 @@ import sys
 import pytest
 
 from llama_jax import cli, flags
-from llama_jax.config import ConfigError, TrainConfig, configs_folder, load_model, parse, read_yaml
+from llama_jax.chat.settings import ChatConfig
+from llama_jax.config import (
+    ConfigError,
+    MeshConfig,
+    TrainConfig,
+    configs_folder,
+    load_model,
+    parse,
+    read_yaml,
+)
 from llama_jax.convert.settings import ConvertConfig
+from llama_jax.generate.settings import GenerateConfig, SamplingConfig
 
 RUN = {
     "out": "x",
@@ -39,6 +49,19 @@ def test_a_short_form_can_be_changed_field_by_field():
     assert resolve("--model", "llama2_7b").model == load_model("llama2_7b")
     sources = resolve("--data.sources.1.weight", "2").data.sources
     assert [(s.path, s.weight) for s in sources] == [("a", 1.0), ("b", 2.0)]
+
+
+def test_a_section_given_in_part_keeps_the_defaults_of_its_place():
+    assert MeshConfig().rules == "train"
+    assert SamplingConfig().max_new_tokens != 1024
+    for given in (["--mesh.data", "1"], ["--sampling.top_k", "3"], []):
+        words = ["--checkpoint", "x", "--prompts", "a", *given]
+        values = flags.merge(GenerateConfig, {}, flags.split(words))
+        assert parse(GenerateConfig, values, "flags").mesh.rules == "decode"
+    chat = parse(ChatConfig, {"checkpoint": "x", "sampling": {"top_k": 3}}, "chat.yaml")
+    assert (chat.sampling.max_new_tokens, chat.sampling.top_k) == (1024, 3)
+    told = parse(ChatConfig, {"checkpoint": "x", "sampling": {"max_new_tokens": 9}}, "chat.yaml")
+    assert told.sampling.max_new_tokens == 9
 
 
 def test_lists_take_several_words_and_none_empties():

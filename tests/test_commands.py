@@ -65,12 +65,15 @@ def test_generate_answers_on_the_screen_and_in_a_file(run: Path, tmp_path: Path,
 
     prompts, answers = tmp_path / "in.jsonl", tmp_path / "answers" / "out.jsonl"
     prompts.write_text('{"prompt": "line 1"}\n\n{"prompt": "line 2\u2028"}\n', encoding="utf-8")
-    files = ["--prompts_file", str(prompts), "--out", str(answers)]
+    files = ["--prompts", str(prompts), "--out", str(answers)]
     assert cli.main(["generate", "--checkpoint", str(run), *files, *short]) == 0
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
     assert [row["index"] for row in rows] == [0, 1]
-    assert [row["prompt"] for row in rows] == ["line 1", "line 2\u2028"]
-    assert all(0 < row["tokens"] <= 5 for row in rows if row["finish_reason"] == "length")
+    for row in rows:
+        (completion,) = row["completions"]
+        assert row["text"] == completion["text"]
+        ended = completion["finish_reason"] == "length"
+        assert completion["tokens"] == 5 if ended else completion["tokens"] < 5
 
 
 def test_a_run_is_converted_and_verified(run: Path, tmp_path: Path, capsys):
@@ -88,7 +91,7 @@ def test_a_run_is_converted_and_verified(run: Path, tmp_path: Path, capsys):
 def test_a_bad_file_of_prompts_is_refused(run: Path, tmp_path: Path, capsys, content: str):
     prompts = tmp_path / "in.jsonl"
     prompts.write_text(content, encoding="utf-8")
-    command = ["generate", "--checkpoint", str(run), "--prompts_file", str(prompts)]
+    command = ["generate", "--checkpoint", str(run), "--prompts", str(prompts)]
     assert cli.main(command) == 2
     assert str(prompts) in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ from scipy import stats
 
 from llama_jax.generate.sampling import (
     Settings,
+    ban_repeats,
     draw,
     keep_top_k,
     keep_top_p,
@@ -250,3 +251,13 @@ def test_random_keys_that_do_not_fit_are_refused(index: int) -> None:
 def test_nonsense_settings_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         SamplingConfig(**{field: value})
+
+
+def test_an_n_gram_longer_than_any_text_bans_nothing_and_takes_no_time() -> None:
+    slots = 2048  # a comparison for each of 2**31 - 1 tokens would take hours
+    row = jnp.arange(slots) % 2 + 7
+    logits, lengths = logits_of(2), jnp.array([slots, slots])
+    for n in (slots, slots + 1, slots + 2, 2**31 - 1):
+        allowed = ban_repeats(logits, jnp.array([2, n]), jnp.stack([row, row]), lengths)
+        assert np.flatnonzero(np.isinf(allowed[0])).tolist() == [7]
+        np.testing.assert_array_equal(allowed[1], logits[1])

@@ -6,69 +6,37 @@ on. What a row computes depends on its own request alone.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from llama_jax.generate import beam
 from llama_jax.generate.decode import Decoder, Reason, Rows
-from llama_jax.generate.sampling import Settings
-from llama_jax.generate.settings import SamplingConfig
+from llama_jax.generate.request import (
+    FINISHED,
+    Answer,
+    FinishReason,
+    Request,
+    logprobs_of,
+    not_finite,
+    prefill,
+    row_of,
+)
+from llama_jax.generate.speculative import Draft, SpeculativeDecoder
 from llama_jax.model.llama import Llama, Params
 
-FinishReason = Literal["eos", "stop", "length"]
 # (request, which of its answers, its new tokens, whether they are its last) -> None, or how many of
 # these tokens the answer keeps, which then ends.
 Watch = Callable[[int, int, list[int], bool], int | None]
 # (request, its answers), as soon as all of them have ended.
-OnDone = Callable[[int, "list[Answer]"], None]
+OnDone = Callable[[int, list[Answer]], None]
 
-FINISHED: dict[int, FinishReason] = {Reason.EOS: "eos", Reason.LENGTH: "length"}
 LEAST_SLOTS = 16
-# Prompts are prefilled in pieces of these lengths: a program for each. The longest bounds the
-# memory of the scores (heads x piece x slots).
-PREFILL = (512, 64, 16)
-# What a piece costs, in tokens: at least as much as reading the weights, and a call.
-CALL_COST = 8
-LEAST_COST = {"cpu": 16, "gpu": 256, "tpu": 256}
 WATCHED_STEPS = 8  # steps between looks at watched answers: latency of text against calls
 UNWATCHED_STEPS = 128  # steps that Ctrl-C may have to wait for
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and how to continue it.
-
-    ends: ids that end an answer.
-    index: tells apart requests of one seed: equal requests with different indices draw different
-        answers.
-    """
-
-    tokens: Sequence[int]
-    sampling: SamplingConfig
-    ends: Sequence[int] = ()
-    index: int = 0
-
-
-class TokenReport(NamedTuple):
-    """The log-probability of a token, and (id, log-probability) of the likeliest beside it."""
-
-    logprob: float
-    likeliest: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Tokens that continue a prompt, without the id that ended them, and why they end.
-
-    logprobs: one for each token, where they were asked for.
-    """
-
-    tokens: list[int]
-    finish_reason: FinishReason
-    logprobs: list[TokenReport] | None = None
 
 
 class Job(NamedTuple):
@@ -87,13 +55,15 @@ def answer(
     max_length: int | None = None,
     batch_size: int = 32,
     cache_dtype: str | None = None,
+    draft: Draft | None = None,
     watch: Watch | None = None,
     on_done: OnDone | None = None,
 ) -> list[list[Answer]]:
     """Continues every prompt: for each request, in order, as many answers as its sampling.n says.
 
     A request's answers depend on it alone, up to the rounding of sums that are as long as the
-    engine's sizes decide. Stop strings are not looked at here: see text.generate.
+    engine's sizes decide. Requests for beam search follow those for sampling. Stop strings are not
+    looked at here: see text.generate.
 
     Args:
         params: stacked, or in the layout of model.layout.for_decoding; in the compute dtype.
@@ -104,27 +74,67 @@ def answer(
         batch_size: most rows computed at a time.
         cache_dtype: type of keys and values; int8 halves the memory of bf16. None: that of the
             compute dtype, but fp32 on a CPU, which computes narrow ones slowly.
+        draft: proposes tokens that the model verifies several at a time: greedy answers stay the
+            same, sampled ones are other draws from the same distributions. Beam search goes
+            without.
         watch: sees the tokens of every answer as they come, and may end it.
         on_done: gets the answers of a request when the last of them has ended.
 
     Raises:
         ValueError: a prompt is empty, does not leave room within max_length or holds an id outside
-            the vocabulary; `ends` does; max_length or batch_size is not positive.
+            the vocabulary; `ends` does; max_length or batch_size is not positive; the draft's
+            vocabulary is of another size.
         FloatingPointError: logits are not finite.
     """
     n_ids = n_ids or model.config.vocab_size
-    check(model, requests, max_length, batch_size)
-    answers: list[list[Answer | None]] = [[None] * request.sampling.n for request in requests]
+    check(model, requests, n_ids, max_length, batch_size)
     if not requests:
         return []
-    engine = Engine(
-        model, params, requests, n_ids, max_length, batch_size, cache_dtype or _cache_dtype(model)
-    )
-    for job, found in engine.run(watch):
-        answers[job.request][job.answer] = found
-        if on_done and None not in answers[job.request]:
-            on_done(job.request, [a for a in answers[job.request] if a])
+    cache_dtype = cache_dtype or _cache_dtype(model)
+    answers: list[list[Answer | None]] = [[None] * request.sampling.n for request in requests]
+
+    def keep(job: Job, found: Answer) -> None:
+        group = answers[job.request]
+        group[job.answer] = found
+        if on_done and None not in group:
+            on_done(job.request, [a for a in group if a])
+
+    if any(request.sampling.num_beams == 1 for request in requests):
+        engine = Engine(model, params, requests, n_ids, max_length, batch_size, cache_dtype, draft)
+        for job, found in engine.run(watch):
+            keep(job, found)
+    for job, found in _search(model, params, requests, n_ids, max_length, cache_dtype):
+        kept = watch(job.request, job.answer, found.tokens, True) if watch else None
+        keep(job, found if kept is None else found.cut(kept))
     return [[a for a in group if a] for group in answers]
+
+
+def _search(
+    model: Llama,
+    params: Params,
+    requests: Sequence[Request],
+    n_ids: int,
+    max_length: int | None,
+    cache_dtype: str,
+) -> Iterator[tuple[Job, Answer]]:
+    """The answers to the requests for beam search, one request after the other."""
+    searches = {i: request for i, request in enumerate(requests) if request.sampling.num_beams > 1}
+    limits = {i: _limit(request, max_length) for i, request in searches.items()}
+    slots = _slot_count(model, limits.values(), max_length)
+    ends = max((len(request.ends) for request in searches.values()), default=0)
+    for i, request in searches.items():
+        found = beam.search(
+            Decoder(model, n_ids),
+            params,
+            request,
+            limits[i],
+            number=i,
+            width=_row_count(model, request.sampling.num_beams),
+            slots=slots,
+            ends=ends,
+            cache_dtype=cache_dtype,
+        )
+        yield from ((Job(i, k), one) for k, one in enumerate(found))
 
 
 class Engine:
@@ -139,21 +149,32 @@ class Engine:
         max_length: int | None,
         batch_size: int,
         cache_dtype: str,
+        draft: Draft | None = None,
         continuous: bool = True,
     ):
-        """Args as for `answer`. Not continuous: rows are given out when all have ended."""
-        self._params = params
+        """Args as for `answer`; requests for beam search are left out. Not continuous: rows are
+        given out when all have ended."""
+        self.decoder: Decoder | SpeculativeDecoder
+        self._params: Any
+        if draft is None:
+            self.decoder, self._params = Decoder(model, n_ids), params
+        else:
+            self.decoder = SpeculativeDecoder(model, draft.model, n_ids, draft.tokens)
+            self._params = params, draft.params
         self._requests = requests
         self._continuous = continuous
         self._limits = [_limit(request, max_length) for request in requests]
-        jobs = [Job(i, k) for i, r in enumerate(requests) for k in range(r.sampling.n)]
+        jobs = [
+            Job(i, k)
+            for i, request in enumerate(requests)
+            for k in range(request.sampling.n)
+            if request.sampling.num_beams == 1
+        ]
         self._waiting = deque(jobs)
         rows = _row_count(model, min(len(jobs), batch_size))
-        # Dynamic scaling turns keys by angles that depend on the slots: their number is not ours.
-        fixed = max_length if model.config.rope_scaling.type == "dynamic" else None
-        self.slots = fixed or _slots(max(self._limits))
+        limits = [self._limits[job.request] for job in jobs]
+        self.slots = _slot_count(model, limits, max_length)
         self._ends = max((len(request.ends) for request in requests), default=0)
-        self.decoder = Decoder(model, n_ids)
         self._free = Rows.free(1, self.slots, self._ends)
         stacked = not isinstance(params["layers"], tuple)
         self._state = self.decoder.start(rows, self.slots, self._ends, cache_dtype, stacked)
@@ -185,38 +206,14 @@ class Engine:
                     self._state, np.int32(source), np.int32(row)
                 )
             else:
-                self._prefill(row, request.tokens[:-1])
+                self._state = prefill(self.decoder, self._params, self._state, row, request)
             self._contexts[row] = job.request
-        self._state = self.decoder.admit(self._state, np.int32(row), self._row_of(request, job))
+        self._state = self.decoder.admit(self._state, np.int32(row), self._row_of(job))
         self._jobs[row], self._seen[row], self._answers[row] = job, len(request.tokens), []
 
-    def _prefill(self, row: int, context: Sequence[int]) -> None:
-        start = 0
-        for size in pieces(len(context), LEAST_COST[jax.default_backend()]):
-            piece = np.zeros(size, np.int32)
-            part = context[start : start + size]
-            piece[: len(part)] = part
-            self._state = self.decoder.prefill(
-                self._params, self._state, np.int32(row), piece, np.int32(start)
-            )
-            start += size
-
-    def _row_of(self, request: Request, job: Job) -> Rows:
-        tokens = np.zeros((1, self.slots), np.int32)
-        tokens[0, : len(request.tokens)] = request.tokens
-        ends = np.full((1, self._ends), -1, np.int32)
-        ends[0, : len(request.ends)] = request.ends
-        length = np.array([len(request.tokens)], np.int32)
-        return Rows(
-            tokens=tokens,  # type: ignore[arg-type]
-            lengths=length,  # type: ignore[arg-type]
-            prompts=length,  # type: ignore[arg-type]
-            limits=np.array([self._limits[job.request]], np.int32),  # type: ignore[arg-type]
-            reasons=np.array([Reason.RUNNING], np.int32),  # type: ignore[arg-type]
-            ends=ends,  # type: ignore[arg-type]
-            settings=Settings.of([request.sampling], [request.index], [job.answer]),
-            report=self._free.report,
-        )
+    def _row_of(self, job: Job) -> Rows:
+        request, limit = self._requests[job.request], self._limits[job.request]
+        return row_of(request, job.answer, limit, self._free)
 
     def _advance(self, watch: Watch | None) -> Iterator[tuple[Job, Answer]]:
         """Some steps, and what has ended in them."""
@@ -233,51 +230,34 @@ class Engine:
             if job is None:
                 continue
             if reasons[row] == Reason.NOT_FINITE:
-                raise FloatingPointError(
-                    f"prompt {job.request}: the logits after {lengths[row]} tokens are not finite; "
-                    f"the parameters are damaged, or too large for the compute dtype"
-                )
+                raise not_finite(job.request, lengths[row])
             new = tokens[row, self._seen[row] : lengths[row]].tolist()
             self._seen[row] = int(lengths[row])
             reason = FINISHED.get(reasons[row])
             kept = watch(job.request, job.answer, new, reason is not None) if watch else None
             if kept is not None:
-                if reason is None:
-                    self._release(row)
                 new, reason = new[:kept], "stop"
             self._answers[row] += new
             if reason is not None:
+                found = self._answer(row, job, reason)
+                if reasons[row] == Reason.RUNNING:
+                    self._release(row, job)
                 self._jobs[row] = None
-                yield job, Answer(self._answers[row], reason, self._logprobs(row, job))
+                yield job, found
 
-    def _release(self, row: int) -> None:
-        """Makes a row stop that would go on."""
-        self._state = self.decoder.admit(self._state, np.int32(row), self._free)
-
-    def _logprobs(self, row: int, job: Job) -> list[TokenReport] | None:
+    def _answer(self, row: int, job: Job, reason: FinishReason) -> Answer:
+        state, tokens = self._state, self._answers[row]
         request = self._requests[job.request]
-        wanted = request.sampling.logprobs
-        if wanted is None:
-            return None
-        start = len(request.tokens)
-        places = slice(start, start + len(self._answers[row]))
-        report = self._state.rows.report
-        chosen, ids, values = (
-            np.asarray(x)[row, places].tolist() for x in (report.chosen, report.ids, report.values)
-        )
-        likeliest = [list(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
-        return [
-            TokenReport(one, some[:wanted]) for one, some in zip(chosen, likeliest, strict=True)
-        ]
+        logprobs = logprobs_of(request, state.rows.report, row, len(tokens))
+        speculative = isinstance(self.decoder, SpeculativeDecoder)
+        return Answer(tokens, reason, logprobs, int(state.rounds[row]) if speculative else None)
 
-
-def pieces(length: int, least_cost: int) -> Iterator[int]:
-    """Lengths out of PREFILL that cover a context: next that which costs least for each token."""
-    while length > 0:
-        costs = {size: max(size, least_cost) + CALL_COST for size in PREFILL}
-        size = min(PREFILL, key=lambda size: costs[size] / min(size, length))
-        yield size
-        length -= size
+    def _release(self, row: int, job: Job) -> None:
+        """Makes a row stop that would go on."""
+        # An idle row stores its last token again and again: with the prompt as its text, that does
+        # no harm to the prompt's context, which another answer may need.
+        prompt = replace(self._row_of(job), reasons=np.array([Reason.FREE], np.int32))  # type: ignore[arg-type]
+        self._state = self.decoder.admit(self._state, np.int32(row), prompt)
 
 
 def _limit(request: Request, max_length: int | None) -> int:
@@ -303,6 +283,13 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _slot_count(model: Llama, limits: Iterable[int], max_length: int | None) -> int:
+    """Slots for rows that end at these lengths."""
+    # Dynamic scaling turns keys by angles that depend on the slots: their number is not ours.
+    fixed = max_length if model.config.rope_scaling.type == "dynamic" else None
+    return fixed or _slots(max(limits, default=1))
+
+
 def _slots(length: int) -> int:
     """`length` rounded up to one of four sizes per doubling: few programs, at most a fifth idle."""
     step = max(_power_of_two(length) // 8, LEAST_SLOTS // 4)
@@ -310,7 +297,11 @@ def _slots(length: int) -> int:
 
 
 def check(
-    model: Llama, requests: Sequence[Request], max_length: int | None, batch_size: int
+    model: Llama,
+    requests: Sequence[Request],
+    n_ids: int,
+    max_length: int | None,
+    batch_size: int,
 ) -> None:
     """Raises ValueError for what jax would clamp, wrap or allocate without a word."""
     vocab = model.config.vocab_size
@@ -331,6 +322,11 @@ def check(
             raise ValueError(
                 f"{name} has {len(request.tokens)} tokens, which leaves no room for an answer "
                 f"within max_length {most}; shorten it, or raise max_length"
+            )
+        if request.sampling.num_beams > 1 and request.sampling.n > n_ids:
+            raise ValueError(
+                f"{name}: n is {request.sampling.n}, but beam search over {n_ids} ids may find no "
+                "more hypotheses than that"
             )
         _check_ids("the end ids", request.ends, vocab)
         _check_ids(name, request.tokens, vocab)

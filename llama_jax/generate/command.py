@@ -7,7 +7,8 @@ does what is left, and then writes all answers in order, at once.
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,11 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llama_jax.api import LanguageModel, load
 from llama_jax.config import ConfigError, Schema, parse
 from llama_jax.data.shards import write_atomic
-from llama_jax.generate.batch import TokenReport
+from llama_jax.generate.request import TokenReport
 from llama_jax.generate.settings import GenerateConfig, SamplingConfig
 from llama_jax.generate.text import Completion, Prompt
-from llama_jax.tokenizer import DialogError, Tokenizer
+from llama_jax.tokenizer import DialogError, Tokenizer, TokenizerError
 from llama_jax.tokenizer.chat import Message
+
+Ask = Callable[..., list[list[Completion]]]  # LanguageModel.answer, but for the settings
 
 
 class ChatMessage(Schema):
@@ -54,31 +57,34 @@ def generate_command(config: GenerateConfig) -> int:
 
     Raises ConfigError naming file and line of a prompt that cannot be used.
     """
-    lines = list(_read(config))
+    origins, lines = zip(*_read(config), strict=True)
     out = Answers(Path(config.out), config) if config.out is not None else None
     if out and out.is_complete:
         print(f"{config.out} is complete already: {len(lines)} answers with the same settings")
         return 0
     answers = len(lines) * max(line.n for line in lines)
-    model = load(
-        config.checkpoint,
-        config.dtype,
-        config.mesh,
-        weights=config.weights,
-        rows=min(config.batch_size, answers),
-    )
-    prompts = [_prompt(model, line, i, config) for i, line in enumerate(lines)]
+    rows = min(config.batch_size, answers)
+    draft = None
+    if config.draft is not None:
+        rows = max(rows, 2)  # the model verifies several tokens of a row at a time
+        draft = load(config.draft, config.dtype, config.mesh, rows=rows)
+    model = load(config.checkpoint, config.dtype, config.mesh, weights=config.weights, rows=rows)
+    prompts = [
+        _prompt(model, line, number, origin, config)
+        for number, (origin, line) in enumerate(zip(origins, lines, strict=True))
+    ]
+    ask = partial(model.answer, settings=config, draft=draft)
     if out:
-        return _to_file(model, prompts, config, out)
-    return _to_screen(model, lines, prompts, config)
+        return _to_file(ask, model.tokenizer, prompts, config, out)
+    return _to_screen(ask, lines, prompts, config)
 
 
-def _read(config: GenerateConfig) -> Iterator[Line]:
-    """What to answer, with all settings."""
+def _read(config: GenerateConfig) -> Iterator[tuple[str, Line]]:
+    """What to answer, with all settings; each after the file and the line that it comes from."""
     defaults = config.sampling.model_dump(exclude_unset=True)
     if config.prompts_file is None:
         for text in config.prompts:
-            yield Line(**{**defaults, "prompt": text})
+            yield "--prompts", Line(**{**defaults, "prompt": text})
         return
     path = Path(config.prompts_file)
     count = 0
@@ -87,7 +93,8 @@ def _read(config: GenerateConfig) -> Iterator[Line]:
             for number, text in enumerate(file, start=1):
                 if text.strip():
                     count += 1
-                    yield _parse(text, defaults, f"{path}, line {number}")
+                    origin = f"{path}, line {number}"
+                    yield origin, _parse(text, defaults, origin)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     if not count:
@@ -104,21 +111,25 @@ def _parse(text: str, defaults: dict[str, Any], origin: str) -> Line:
     return parse(Line, {**defaults, **values}, origin)
 
 
-def _prompt(model: LanguageModel, line: Line, number: int, config: GenerateConfig) -> Prompt:
+def _prompt(
+    model: LanguageModel, line: Line, number: int, origin: str, config: GenerateConfig
+) -> Prompt:
     """The line for the engine. A seed of its own decides its draws wherever the line stands."""
     index = 0 if "seed" in line.model_fields_set - config.sampling.model_fields_set else number
-    if line.prompt is not None:
-        return Prompt(line.prompt, line, model.end_ids, index)
-    messages: list[Message] = [m.model_dump() for m in line.messages or ()]
     try:
-        ids = model.tokenizer.encode_chat(messages, config.chat_format)
-    except DialogError as error:
-        raise ConfigError(f"{config.prompts_file}, prompt {number}: {error}") from error
-    return Prompt(ids, line, model.chat_end_ids, index)
+        if line.prompt is not None:
+            ids, ends = model.tokenizer.encode(line.prompt, bos=True), model.end_ids
+        else:
+            messages: list[Message] = [m.model_dump() for m in line.messages or ()]
+            ids = model.tokenizer.encode_chat(messages, config.chat_format)
+            ends = model.chat_end_ids
+    except (DialogError, TokenizerError) as error:
+        raise ConfigError(f"{origin}: {error}") from error
+    return Prompt(ids, line, ends, index)
 
 
 def _to_file(
-    model: LanguageModel, prompts: list[Prompt], config: GenerateConfig, out: "Answers"
+    ask: Ask, tokenizer: Tokenizer, prompts: list[Prompt], config: GenerateConfig, out: "Answers"
 ) -> int:
     began, tokens = time.monotonic(), 0
     todo = [i for i in range(len(prompts)) if i not in out.done]
@@ -136,11 +147,11 @@ def _to_file(
 
         def keep(number: int, completions: list[Completion]) -> None:
             nonlocal tokens
-            out.add(_answer_line(todo[number], completions, model.tokenizer))
+            out.add(_answer_line(todo[number], completions, tokenizer))
             tokens += sum(len(completion.tokens) for completion in completions)
             bar.update(task, advance=1, rate=tokens / (time.monotonic() - began))
 
-        model.answer([prompts[i] for i in todo], config, on_done=keep)
+        ask([prompts[i] for i in todo], on_done=keep)
         out.finish(len(prompts))
     seconds = time.monotonic() - began
     print(f"{len(prompts)} answers in {config.out} ({tokens:,} tokens, {tokens / seconds:,.0f}/s)")
@@ -148,7 +159,7 @@ def _to_file(
 
 
 def _to_screen(
-    model: LanguageModel, lines: list[Line], prompts: list[Prompt], config: GenerateConfig
+    ask: Ask, lines: Sequence[Line], prompts: list[Prompt], config: GenerateConfig
 ) -> int:
     console = Console(highlight=False, soft_wrap=True)
 
@@ -158,9 +169,7 @@ def _to_screen(
     streams = config.stream and len(lines) == 1 and lines[0].n == 1
     if streams and lines[0].prompt is not None:
         console.print(lines[0].prompt, end="", markup=False, style="bold")
-    groups = model.answer(
-        prompts, config, on_text=(lambda _i, _k, text: show(text)) if streams else None
-    )
+    groups = ask(prompts, on_text=(lambda _i, _k, text: show(text)) if streams else None)
     for line, completions in zip(lines, groups, strict=True):
         for completion in completions:
             if not streams:
@@ -209,24 +218,24 @@ class Answers:
     """
 
     def __init__(self, path: Path, config: GenerateConfig):
-        """Raises ConfigError where the file exists and was made with other prompts or settings."""
+        """Raises ConfigError where answers to other prompts, or with other settings, lie there."""
         self._path = path
         self._partial = path.with_name(f".{path.name}.partial")
         self._settings = path.with_name(f"{path.name}.config.json")
         identity = json.dumps(_identity(config), indent=1, ensure_ascii=False)
         same = self._settings.exists() and self._settings.read_text("utf-8") == identity
-        if path.exists() and not same:
-            raise ConfigError(
-                f"{path} exists and was made with other prompts or settings; give another name, or "
-                "remove it"
-            )
+        for kept in (path, self._partial):
+            if not same and kept.exists() and kept.stat().st_size:
+                raise ConfigError(
+                    f"{kept} exists and was made with other prompts or settings; give another "
+                    "name, or remove it"
+                )
         self.is_complete = path.exists()
         self.done: dict[int, tuple[int, int]] = {}  # number -> where its line begins and ends
         if self.is_complete:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if not same:
-            self._partial.unlink(missing_ok=True)
             write_atomic(self._settings, identity.encode())
         self._file = self._partial.open("ab+")
         self._file.truncate(self._read())

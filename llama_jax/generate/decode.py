@@ -23,6 +23,7 @@ from llama_jax.generate.sampling import Report, Settings, choose
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama, Params
 from sharding.constrain import constrain
+from sharding.rules import Rules
 
 
 class Reason(IntEnum):
@@ -68,7 +69,8 @@ class Rows:
             lengths=ones,
             prompts=ones,
             limits=ones,
-            reasons=jnp.full(count, Reason.FREE, jnp.int32),
+            # As an IntEnum it would be weakly typed, and compile all that takes it twice.
+            reasons=jnp.full(count, int(Reason.FREE), jnp.int32),
             ends=jnp.full((count, ends), -1, jnp.int32),
             settings=Settings.idle(count),
             report=Report.empty((count, slots)),
@@ -106,7 +108,8 @@ class Decoder:
     def start(self, rows: int, slots: int, ends: int, cache_dtype: str, stacked: bool) -> State:
         """A state without requests; `stacked` as the parameters' layers are."""
         cache = KVCache.init(self.model.config, rows, slots, cache_dtype, stacked)
-        return self._placed(State(Rows.free(rows, slots, ends), cache))
+        rules = self.model.rules
+        return State(place_rows(Rows.free(rows, slots, ends), rules), place_cache(cache, rules))
 
     @partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
     def prefill(
@@ -117,41 +120,17 @@ class Decoder:
         Tokens beyond the row's context may follow: what they store is overwritten before any query
         sees it; what does not fit into the cache is dropped.
         """
-        # One row cannot be split as a batch is: each part of the mesh computes all of it.
-        rules = self.model.rules
-        model = replace(self.model, rules=rules and rules.replace(batch=None))
-        positions_BT = start + jnp.arange(tokens_T.shape[0])[None]
-        output = model.apply(
-            params,
-            tokens_T[None],
-            positions_BT,
-            cache=state.cache,
-            head="none",
-            rows_B=row[None],
-        )
-        assert output.cache is not None  # one went in
-        return replace(state, cache=output.cache)
+        return replace(state, cache=store(self.model, params, state.cache, row, tokens_T, start))
 
     @partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
     def admit(self, state: State, row: jax.Array, request: Rows) -> State:
         """Gives a row to a request (Rows of one row), whose context is or will be prefilled."""
-        rows = jax.tree.map(
-            lambda all_rows, one: lax.dynamic_update_slice_in_dim(all_rows, one, row, 0),
-            state.rows,
-            request,
-        )
-        return replace(state, rows=rows)
+        return replace(state, rows=put_row(state.rows, row, request))
 
     @partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
     def copy_context(self, state: State, source: jax.Array, row: jax.Array) -> State:
         """Makes the cache of `row` that of `source`."""
-
-        def copy(slab: jax.Array) -> jax.Array:
-            axis = 1 if state.cache.stacked else 0
-            part = lax.dynamic_slice_in_dim(slab, source, 1, axis)
-            return lax.dynamic_update_slice_in_dim(slab, part, row, axis)
-
-        return replace(state, cache=jax.tree.map(copy, state.cache))
+        return replace(state, cache=copy_row(state.cache, source, row))
 
     @partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
     def advance(self, params: Params, state: State, steps: jax.Array, least: jax.Array) -> State:
@@ -205,17 +184,59 @@ class Decoder:
         )
         return State(rows, output.cache)
 
-    def _placed(self, state: State) -> State:
-        """The state, laid out over the mesh in force."""
-        rules = self.model.rules
 
-        def place_row(x: jax.Array) -> jax.Array:
-            return constrain(x, ("batch", *(None,) * (x.ndim - 1)), rules)
+def store(
+    model: Llama,
+    params: Params,
+    cache: KVCache,
+    row: jax.Array,
+    tokens_T: jax.Array,
+    start: jax.Array,
+) -> KVCache:
+    """The cache with these tokens at positions start, start + 1, ... of one row."""
+    # One row cannot be split as a batch is: each part of the mesh computes all of it.
+    model = replace(model, rules=model.rules and model.rules.replace(batch=None))
+    positions_BT = start + jnp.arange(tokens_T.shape[0])[None]
+    output = model.apply(
+        params, tokens_T[None], positions_BT, cache=cache, head="none", rows_B=row[None]
+    )
+    assert output.cache is not None  # one went in
+    return output.cache
 
-        def place_slab(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-            return constrain(x, tuple(axes), rules)
 
-        axes: Any = state.cache.axes
-        return State(
-            jax.tree.map(place_row, state.rows), jax.tree.map(place_slab, state.cache, axes)
-        )
+def put_row(rows: Rows, row: jax.Array, request: Rows) -> Rows:
+    """The rows with one of them replaced."""
+
+    def put(all_rows: jax.Array, one: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(all_rows, one, row, 0)
+
+    return jax.tree.map(put, rows, request)
+
+
+def copy_row(cache: KVCache, source: jax.Array, row: jax.Array) -> KVCache:
+    """The cache with what `source` holds in `row` too."""
+
+    def copy(slab: jax.Array) -> jax.Array:
+        part = lax.dynamic_slice_in_dim(slab, source, 1, cache.row_axis)
+        return lax.dynamic_update_slice_in_dim(slab, part, row, cache.row_axis)
+
+    return jax.tree.map(copy, cache)
+
+
+def place_rows(rows: Rows, rules: Rules | None) -> Rows:
+    """The rows, laid out over the mesh in force."""
+
+    def place(x: jax.Array) -> jax.Array:
+        return constrain(x, ("batch", *(None,) * (x.ndim - 1)), rules)
+
+    return jax.tree.map(place, rows)
+
+
+def place_cache(cache: KVCache, rules: Rules | None) -> KVCache:
+    """The cache, laid out over the mesh in force."""
+
+    def place(slab: jax.Array, axes: Sequence[str]) -> jax.Array:
+        return constrain(slab, tuple(axes), rules)
+
+    axes: Any = cache.axes
+    return jax.tree.map(place, cache, axes)

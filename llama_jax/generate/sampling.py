@@ -29,7 +29,8 @@ class Settings:
     """Sampling settings of B rows, each field of shape (B,).
 
     The fields of SamplingConfig of the same names; temperature 0 takes the likeliest token, top_k
-    and no_repeat_ngram 0 are off, logprobs -1 asks for none. seed, and index x
+    and no_repeat_ngram 0 are off, logprobs -1 asks for none. seed, index (of the request) and
+    answer (which of its answers) decide the draws.
     """
 
     temperature: jax.Array
@@ -123,8 +124,7 @@ def choose(
 ) -> tuple[jax.Array, Report]:
     """The next token of every row, (B,) int32, and its log-probability where a row asks for it.
 
-    First the penalties, then the n-grams that may not come again, then `sample`: the order of
-    transformers.
+    First `allow`, then `sample`: the order of transformers.
 
     Args:
         logits_BV: of the token after the last.
@@ -132,17 +132,34 @@ def choose(
             prompt.
     """
 
-    def penalised(logits_BV: jax.Array) -> jax.Array:
-        return penalise(logits_BV, settings, tokens_BS, lengths_B, prompts_B)
-
-    def unrepeated(logits_BV: jax.Array) -> jax.Array:
-        return ban_repeats(logits_BV, settings.no_repeat_ngram, tokens_BS, lengths_B)
-
     def reported(token_B: jax.Array) -> Report:
         return report(logits_BV, token_B)
 
     def unreported(token_B: jax.Array) -> Report:
         return Report.empty(token_B.shape)
+
+    allowed_BV = allow(logits_BV, settings, tokens_BS, lengths_B, prompts_B)
+    token_B = sample(allowed_BV, settings, lengths_B)
+    return token_B, lax.cond(jnp.any(settings.logprobs >= 0), reported, unreported, token_B)
+
+
+def allow(
+    logits_BV: jax.Array,
+    settings: Settings,
+    tokens_BS: jax.Array,
+    lengths_B: jax.Array,
+    prompts_B: jax.Array,
+) -> jax.Array:
+    """Logits after what their rows' texts change in them: `penalise`, then `ban_repeats`.
+
+    Args as for `choose`. Work that no row asks for is skipped.
+    """
+
+    def penalised(logits_BV: jax.Array) -> jax.Array:
+        return penalise(logits_BV, settings, tokens_BS, lengths_B, prompts_B)
+
+    def unrepeated(logits_BV: jax.Array) -> jax.Array:
+        return ban_repeats(logits_BV, settings.no_repeat_ngram, tokens_BS, lengths_B)
 
     def same(logits_BV: jax.Array) -> jax.Array:
         return logits_BV
@@ -152,10 +169,8 @@ def choose(
         | (settings.presence_penalty != 0)
         | (settings.frequency_penalty != 0)
     )
-    allowed_BV = lax.cond(jnp.any(changes), penalised, same, logits_BV)
-    allowed_BV = lax.cond(jnp.any(settings.no_repeat_ngram > 0), unrepeated, same, allowed_BV)
-    token_B = sample(allowed_BV, settings, lengths_B)
-    return token_B, lax.cond(jnp.any(settings.logprobs >= 0), reported, unreported, token_B)
+    logits_BV = lax.cond(jnp.any(changes), penalised, same, logits_BV)
+    return lax.cond(jnp.any(settings.no_repeat_ngram > 0), unrepeated, same, logits_BV)
 
 
 def penalise(
@@ -200,7 +215,9 @@ def ban_repeats(
         return repeats_BS & (same_BS | (j >= n_B - 1)[:, None])
 
     in_text_BS = (places_S < lengths_B[:, None]) & (n_B > 0)[:, None]
-    repeats_BS = lax.fori_loop(0, jnp.max(n_B) - 1, compare, in_text_BS)
+    # No text has an n-gram longer than itself: after S comparisons none is left.
+    comparisons = jnp.minimum(jnp.max(n_B) - 1, tokens_BS.shape[1])
+    repeats_BS = lax.fori_loop(0, comparisons, compare, in_text_BS)
     return jnp.where(_count(tokens_BS, repeats_BS, V) > 0, -jnp.inf, logits_BV)
 
 
@@ -264,6 +281,19 @@ def weights(logits_BV: jax.Array, settings: Settings) -> jax.Array:
     return jnp.where(w >= settings.min_p[:, None], w, 0.0)
 
 
+def distribution(logits_BV: jax.Array, settings: Settings) -> jax.Array:
+    """The probabilities (B, V) with which `sample` takes each token; for a greedy row 0 and 1."""
+    one_BV = jax.nn.one_hot(likeliest(logits_BV), logits_BV.shape[1])
+    samples_B = settings.temperature > 0
+
+    def normalised() -> jax.Array:
+        w_BV = weights(logits_BV, settings)
+        return w_BV / jnp.sum(w_BV, axis=-1, keepdims=True)
+
+    drawn_BV = lax.cond(jnp.any(samples_B), normalised, lambda: one_BV)
+    return jnp.where(samples_B[:, None], drawn_BV, one_BV)
+
+
 def keep_top_k(w_BV: jax.Array, k_B: jax.Array) -> jax.Array:
     """Weights with all but the k largest zeroed; k = 0 keeps all. Of equals the lowest ids stay."""
     V = w_BV.shape[1]
@@ -313,13 +343,15 @@ def draw(w_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     return jnp.minimum(token_B, jnp.max(jnp.where(w_BV > 0, ids, 0), axis=-1))
 
 
-def uniforms(settings: Settings, positions_B: jax.Array) -> jax.Array:
-    """The random numbers in [0, 1) of the rows at these positions, (B,) fp32."""
+def uniforms(settings: Settings, positions_B: jax.Array, stream: int = 0) -> jax.Array:
+    """The random numbers in [0, 1) of the rows at these positions, (B,) fp32.
+
+    stream: tells apart several draws at one position.
+    """
 
     def uniform(seed: jax.Array, *numbers: jax.Array) -> jax.Array:
-        return jax.random.uniform(
-            functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
-        )
+        key = functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
+        return jax.random.uniform(jax.random.fold_in(key, stream) if stream else key)
 
     return jax.vmap(uniform)(settings.seed, settings.index, settings.answer, positions_B)
 

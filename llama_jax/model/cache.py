@@ -91,6 +91,11 @@ class KVCache:
         return not isinstance(self.key, tuple)
 
     @property
+    def row_axis(self) -> int:
+        """The dimension of an array that counts rows."""
+        return 1 if self.stacked else 0
+
+    @property
     def max_length(self) -> int:
         """Slots of a row."""
         return jax.tree.leaves(self.key)[0].shape[3 if self.stacked else 2]
