@@ -59,8 +59,7 @@ class OutputMajor:
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
         """As the function `take`, of an embedding, which has one input and one output axis."""
-        rows = take(self.values, ids, dtype)
-        return rows if self.scale is None else rows * take(self.scale, ids, dtype)[..., None]
+        return _scaled(take(self.values, ids, jnp.float32), self.scale, ids).astype(dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -106,8 +105,8 @@ class Words:
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
         """As OutputMajor.take."""
         words = jnp.moveaxis(self.words.at[:, ids].get(mode="clip"), 0, -1)
-        rows = lax.bitcast_convert_type(words, self._type).reshape(*ids.shape, -1).astype(dtype)
-        return rows if self.scale is None else rows * take(self.scale, ids, dtype)[..., None]
+        rows = lax.bitcast_convert_type(words, self._type).reshape(*ids.shape, -1)
+        return _scaled(rows.astype(jnp.float32), self.scale, ids).astype(dtype)
 
     @property
     def _type(self) -> Any:
@@ -196,6 +195,11 @@ def _cpu_product(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> ja
     y = lax.optimization_barrier(_sums("oi,ri->or", weight, both, jnp.int32)).T
     high, low = jnp.split(y.astype(jnp.float32), 2)
     return (high + low / PARTS) * unit * scale.reshape(-1)
+
+
+def _scaled(rows: jax.Array, scale: jax.Array | None, ids: jax.Array) -> jax.Array:
+    """Rows of an embedding (*ids.shape, width) fp32, times the scale of each."""
+    return rows if scale is None else rows * take(scale, ids, jnp.float32)[..., None]
 
 
 def _sums(subscripts: str, a: jax.Array, b: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
