@@ -14,6 +14,7 @@ from llama_jax.config import ComputeConfig, ConfigError, MeshConfig, ModelConfig
 from llama_jax.convert.formats import open_source
 from llama_jax.convert.source import load_params
 from llama_jax.generate.settings import GenerateConfig, SamplingConfig
+from llama_jax.generate.speculative import Draft
 from llama_jax.generate.text import Completion, OnDone, OnText, Prompt, generate
 from llama_jax.model.layout import for_decoding, int8_axes, int8_shapes, quantize
 from llama_jax.model.llama import Llama, Params
@@ -118,8 +119,21 @@ class LanguageModel:
         settings: GenerateConfig,
         on_text: OnText | None = None,
         on_done: OnDone | None = None,
+        draft: "LanguageModel | None" = None,
     ) -> list[list[Completion]]:
-        """Continues every prompt, each with settings of its own: see generate.text.generate."""
+        """Continues every prompt, each with settings of its own: see generate.text.generate.
+
+        Raises:
+            ConfigError: the draft has another tokenizer.
+        """
+        proposer = None
+        if draft is not None:
+            if draft.tokenizer.fingerprint != self.tokenizer.fingerprint:
+                raise ConfigError(
+                    f"the draft's tokenizer ({draft.tokenizer.path}) is not the model's "
+                    f"({self.tokenizer.path}); a draft proposes token ids, so they must be one"
+                )
+            proposer = Draft(draft.model, draft.params, settings.draft_tokens)
         with jax.set_mesh(self.mesh):
             return generate(
                 self.model,
@@ -131,6 +145,7 @@ class LanguageModel:
                 max_length=settings.max_length,
                 batch_size=settings.batch_size,
                 cache_dtype=None if settings.cache == "auto" else settings.cache,
+                draft=proposer,
             )
 
 

@@ -15,7 +15,7 @@ from models import converted, speaking_folder
 import llama_jax
 from llama_jax import cli
 from llama_jax.config import ConfigError, ModelConfig, RopeScaling
-from llama_jax.evaluate import perplexity
+from llama_jax.evaluate import command, perplexity
 from llama_jax.evaluate.command import read_texts, resolve
 from llama_jax.evaluate.perplexity import Score, Window, losses, windows
 from llama_jax.evaluate.settings import EvaluateConfig
@@ -413,6 +413,14 @@ def test_the_command_refuses_in_one_sentence(flags, message, folder, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_text_without_tokens_is_refused(folder, monkeypatch):
+    model = llama_jax.load(folder / "ours")
+    monkeypatch.setattr(type(model.tokenizer), "_cut", lambda self, text: [])
+    given = {"checkpoint": str(folder / "ours"), "perplexity": str(folder / "text.txt")}
+    with pytest.raises(ConfigError, match="makes no tokens of this text"):
+        command.evaluate(EvaluateConfig(**given))
 
 
 @pytest.mark.parity

@@ -516,7 +516,7 @@ def test_arrays_that_are_not_those_of_the_model_are_refused(arrays, message, fol
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("floats", "embed is missing"), ("int8", "embed/values is missing")]
+    ("kind", "name"), [("floats", "embed/values is not"), ("int8", "embed/values is missing")]
 )
 def test_the_configuration_must_say_what_the_arrays_are(kind, name, folder, tmp_path):
     """int8 arrays said to be floats, and floats said to be int8."""

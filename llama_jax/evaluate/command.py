@@ -49,39 +49,14 @@ def evaluate(config: EvaluateConfig) -> int:
     model = load(config.checkpoint, config.dtype, config.mesh, weights=config.weights)
     sizes = resolve(config, model.context_length)
     ids = [model.tokenizer.encode(text, bos=True) for text in texts]
-    total = sum(len(tokens) - 1 for tokens in ids)
-    if total == 0:
+    tokens = sum(len(document) - 1 for document in ids)
+    if tokens == 0:
         raise ConfigError(f"{config.perplexity}: the tokenizer makes no tokens of this text.")
 
     started = time.monotonic()
-    columns = (
-        TextColumn("{task.description}"),
-        *(BarColumn(), TaskProgressColumn()),
-        *(TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeRemainingColumn()),
-    )
-    with (
-        jax.set_mesh(model.mesh),
-        Progress(*columns, transient=True, disable=config.as_json) as bar,
-    ):
-        task = bar.add_task("predicting", total=total, rate=0.0)
-
-        def advance(tokens: int) -> None:
-            bar.update(task, advance=tokens)
-            rate = bar.tasks[0].completed / (time.monotonic() - started)
-            bar.update(task, rate=rate)
-
-        found = losses(
-            model.model,
-            model.params,
-            ids,
-            *sizes,
-            config.batch_size,
-            None if config.cache == "none" else config.cache,
-            advance,
-        )
+    nll = _summed_losses(config, model, ids, sizes, tokens)
     seconds = time.monotonic() - started
-    size = sum(len(text.encode()) for text in texts)
-    score = Score(float(sum(part.sum(dtype=np.float64) for part in found)), total, size)
+    score = Score(nll, tokens, sum(len(text.encode()) for text in texts))
     record = _record(config, model, sizes, len(texts), score, seconds)
     if out is not None:
         _write(out, record)
@@ -140,6 +115,35 @@ def resolve(config: EvaluateConfig, context_length: int | None) -> Sizes:
             "would be left out."
         )
     return Sizes(window, stride)
+
+
+def _summed_losses(
+    config: EvaluateConfig,
+    model: LanguageModel,
+    ids: Sequence[Sequence[int]],
+    sizes: Sizes,
+    tokens: int,
+) -> float:
+    """The loss of all tokens in nats, with progress on the screen."""
+    columns = (
+        TextColumn("{task.description}"),
+        *(BarColumn(), TaskProgressColumn()),
+        *(TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeRemainingColumn()),
+    )
+    started = time.monotonic()
+    with (
+        jax.set_mesh(model.mesh),
+        Progress(*columns, transient=True, disable=config.as_json) as bar,
+    ):
+        task = bar.add_task("predicting", total=tokens, rate=0.0)
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            bar.update(task, rate=bar.tasks[task].completed / (time.monotonic() - started))
+
+        cache = None if config.cache == "none" else config.cache
+        found = losses(model.model, model.params, ids, *sizes, config.batch_size, cache, advance)
+    return float(sum(part.sum(dtype=np.float64) for part in found))
 
 
 def _record(

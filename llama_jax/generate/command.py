@@ -7,7 +7,8 @@ does what is left, and then writes all answers in order, at once.
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +24,8 @@ from llama_jax.generate.settings import GenerateConfig, SamplingConfig
 from llama_jax.generate.text import Completion, Prompt
 from llama_jax.tokenizer import DialogError, Tokenizer, TokenizerError
 from llama_jax.tokenizer.chat import Message
+
+Ask = Callable[..., list[list[Completion]]]  # LanguageModel.answer, but for the settings
 
 
 class ChatMessage(Schema):
@@ -60,20 +63,20 @@ def generate_command(config: GenerateConfig) -> int:
         print(f"{config.out} is complete already: {len(lines)} answers with the same settings")
         return 0
     answers = len(lines) * max(line.n for line in lines)
-    model = load(
-        config.checkpoint,
-        config.dtype,
-        config.mesh,
-        weights=config.weights,
-        rows=min(config.batch_size, answers),
-    )
+    rows = min(config.batch_size, answers)
+    draft = None
+    if config.draft is not None:
+        rows = max(rows, 2)  # the model verifies several tokens of a row at a time
+        draft = load(config.draft, config.dtype, config.mesh, rows=rows)
+    model = load(config.checkpoint, config.dtype, config.mesh, weights=config.weights, rows=rows)
     prompts = [
         _prompt(model, line, number, origin, config)
         for number, (origin, line) in enumerate(zip(origins, lines, strict=True))
     ]
+    ask = partial(model.answer, settings=config, draft=draft)
     if out:
-        return _to_file(model, prompts, config, out)
-    return _to_screen(model, lines, prompts, config)
+        return _to_file(ask, model.tokenizer, prompts, config, out)
+    return _to_screen(ask, lines, prompts, config)
 
 
 def _read(config: GenerateConfig) -> Iterator[tuple[str, Line]]:
@@ -126,7 +129,7 @@ def _prompt(
 
 
 def _to_file(
-    model: LanguageModel, prompts: list[Prompt], config: GenerateConfig, out: "Answers"
+    ask: Ask, tokenizer: Tokenizer, prompts: list[Prompt], config: GenerateConfig, out: "Answers"
 ) -> int:
     began, tokens = time.monotonic(), 0
     todo = [i for i in range(len(prompts)) if i not in out.done]
@@ -144,11 +147,11 @@ def _to_file(
 
         def keep(number: int, completions: list[Completion]) -> None:
             nonlocal tokens
-            out.add(_answer_line(todo[number], completions, model.tokenizer))
+            out.add(_answer_line(todo[number], completions, tokenizer))
             tokens += sum(len(completion.tokens) for completion in completions)
             bar.update(task, advance=1, rate=tokens / (time.monotonic() - began))
 
-        model.answer([prompts[i] for i in todo], config, on_done=keep)
+        ask([prompts[i] for i in todo], on_done=keep)
         out.finish(len(prompts))
     seconds = time.monotonic() - began
     print(f"{len(prompts)} answers in {config.out} ({tokens:,} tokens, {tokens / seconds:,.0f}/s)")
@@ -156,7 +159,7 @@ def _to_file(
 
 
 def _to_screen(
-    model: LanguageModel, lines: Sequence[Line], prompts: list[Prompt], config: GenerateConfig
+    ask: Ask, lines: Sequence[Line], prompts: list[Prompt], config: GenerateConfig
 ) -> int:
     console = Console(highlight=False, soft_wrap=True)
 
@@ -166,9 +169,7 @@ def _to_screen(
     streams = config.stream and len(lines) == 1 and lines[0].n == 1
     if streams and lines[0].prompt is not None:
         console.print(lines[0].prompt, end="", markup=False, style="bold")
-    groups = model.answer(
-        prompts, config, on_text=(lambda _i, _k, text: show(text)) if streams else None
-    )
+    groups = ask(prompts, on_text=(lambda _i, _k, text: show(text)) if streams else None)
     for line, completions in zip(lines, groups, strict=True):
         for completion in completions:
             if not streams:

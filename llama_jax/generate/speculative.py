@@ -194,7 +194,7 @@ class SpeculativeDecoder:
         proposed_Bk = _get(rows.tokens, lengths_BT[:, :-1])
         chances_Bk = uniforms(settings_BT, flat_lengths, ACCEPTANCE).reshape(B, T)[:, :-1]
         finite_BT = jnp.isfinite(jnp.max(logits_BTV, axis=-1))
-        accepted_Bk = accept(p_BTV[:, :-1], q_BkV, proposed_Bk, chances_Bk) & finite_BT[:, :-1]
+        accepted_Bk = accept(p_BTV[:, :-1], q_BkV, proposed_Bk, chances_Bk)
         count_B = jnp.sum(jnp.cumprod(accepted_Bk, axis=1), axis=1)
 
         replacement_B = _pick(
@@ -204,7 +204,7 @@ class SpeculativeDecoder:
         )
         tokens_BS = _put(rows.tokens, (rows.lengths + count_B)[:, None], replacement_B[:, None])
         new_BT = _get(tokens_BS, lengths_BT)
-        rows = _grow(replace(rows, tokens=tokens_BS), new_BT, count_B, finite_BT)
+        rows = grow(replace(rows, tokens=tokens_BS), new_BT, count_B, finite_BT)
 
         def reported() -> Report:
             flat = report(flat_logits, new_BT.reshape(-1))
@@ -287,10 +287,10 @@ def excess(p_BTV: jax.Array, q_BkV: jax.Array, count_B: jax.Array) -> jax.Array:
     return jnp.where(jnp.sum(left_BV, axis=-1, keepdims=True) > 0, left_BV, p_BV)
 
 
-def _grow(rows: Rows, new_BT: jax.Array, count_B: jax.Array, finite_BT: jax.Array) -> Rows:
+def grow(rows: Rows, new_BT: jax.Array, count_B: jax.Array, finite_BT: jax.Array) -> Rows:
     """The rows after their first count + 1 new tokens, or up to the one that ends them.
 
-    One token after the other, as Decoder would: not finite, an end id, the limit.
+    As if one came after the other: logits that are not finite, an end id, the limit.
     """
     B, T = new_BT.shape
     lengths_BT = rows.lengths[:, None] + jnp.arange(1, T + 1)  # with each token

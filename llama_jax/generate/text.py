@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from llama_jax.generate.batch import answer
 from llama_jax.generate.request import Answer, FinishReason, Request, TokenReport
 from llama_jax.generate.settings import SamplingConfig
+from llama_jax.generate.speculative import Draft
 from llama_jax.model.llama import Llama, Params
 from llama_jax.tokenizer import StreamDecoder, Tokenizer
 
@@ -56,11 +57,12 @@ def generate(
     max_length: int | None = None,
     batch_size: int = 32,
     cache_dtype: str | None = None,
+    draft: Draft | None = None,
 ) -> list[list[Completion]]:
     """Continues every prompt: for each, in order, as many completions as its sampling.n says.
 
     Args:
-        model, params, max_length, batch_size, cache_dtype: as for batch.answer.
+        model, params, max_length, batch_size, cache_dtype, draft: as for batch.answer.
         tokenizer: turns texts into ids and back.
         prompts: each with its settings.
         on_text: sees text as it comes. It never gets half a character, nor text that a stop string
@@ -107,6 +109,7 @@ def generate(
         max_length=max_length,
         batch_size=batch_size,
         cache_dtype=cache_dtype,
+        draft=draft,
         watch=watch if watched else None,
         on_done=finish,
     )
