@@ -190,7 +190,14 @@ def test_an_answer_ends_at_the_ends_of_the_model_and_of_the_format(monkeypatch):
             asked.append(self.end_ids)
             return [SimpleNamespace(tokens=[], finish_reason="eos")]
 
-    model = Model(model=None, params=None, tokenizer=tiny_tiktoken(), end_ids=(7,), mesh=None)
+    model = Model(
+        model=None,
+        params=None,
+        tokenizer=tiny_tiktoken(),
+        end_ids=(7,),
+        context_length=None,
+        mesh=None,
+    )
     asked = []
     monkeypatch.setattr(chat, "load", lambda *_, **__: model)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))

@@ -59,7 +59,8 @@ def write(path: Path, *lines: dict) -> None:
 
 def arguments(folder: Path, prompts: Path, out: Path, *flags: str) -> list[str]:
     files = ["--checkpoint", str(folder), "--prompts", str(prompts), "--out", str(out)]
-    return ["generate", *files, "--mesh.data", "1", *flags]
+    # Two rows at a time: nearly all tests share the programs of this size.
+    return ["generate", *files, "--mesh.data", "1", "--batch_size", "2", *flags]
 
 
 def rows(path: Path) -> list[dict]:
@@ -191,7 +192,8 @@ def test_log_probabilities_in_the_file_are_those_of_the_model(folder, model, pro
 
 
 def test_several_answers_are_shown_on_the_screen(folder, capsys):
-    flags = ["--sampling.n", "2", "--sampling.max_new_tokens", "3", "--mesh.data", "1"]
+    flags = ["--sampling.n", "2", "--sampling.max_new_tokens", "3", "--batch_size", "2"]
+    flags += ["--mesh.data", "1"]
     texts = ["--prompts", "the [llama]", "sat"]
     assert cli.main(["generate", "--checkpoint", str(folder), *texts, *flags]) == 0
     shown = capsys.readouterr().out
@@ -201,13 +203,12 @@ def test_several_answers_are_shown_on_the_screen(folder, capsys):
 
 # --- the file, and how a run continues ---------------------------------------------------------
 
-# With two rows at a time, the first line is answered last but one.
+# With two rows at a time, the first line is not answered first.
 LENGTHS = (30, 3, 4, 5, 2, 6, 3, 20)
 MANY = [
     {"prompt": f"the llama {n}", "temperature": 1.5 * (n % 2), "max_new_tokens": length}
     for n, length in enumerate(LENGTHS)
 ]
-TWO = ("--batch_size", "2")
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ def whole(folder: Path, tmp_path_factory) -> bytes:
     """The answers to MANY, by a run that nothing stopped."""
     place = tmp_path_factory.mktemp("whole")
     write(place / "in.jsonl", *MANY)
-    generate(folder, place / "in.jsonl", place / "out.jsonl", *TWO)
+    generate(folder, place / "in.jsonl", place / "out.jsonl")
     return (place / "out.jsonl").read_bytes()
 
 
@@ -248,7 +249,7 @@ def test_answers_are_in_the_order_of_the_prompts_whenever_they_end(
 ):
     numbers = answered(monkeypatch)
     write(prompts, *MANY)
-    generate(folder, prompts, out, *TWO)
+    generate(folder, prompts, out)
     assert out.read_bytes() == whole
     assert [row["index"] for row in rows(out)] == list(range(8))
     assert sorted(numbers) == list(range(8)) != numbers
@@ -278,7 +279,7 @@ def test_a_killed_run_continues_and_answers_every_prompt_once(
     folder, prompts, out, whole, monkeypatch, capsys
 ):
     write(prompts, *MANY)
-    args = arguments(folder, prompts, out, *TWO)
+    args = arguments(folder, prompts, out)
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *args],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -291,7 +292,7 @@ def test_a_killed_run_continues_and_answers_every_prompt_once(
     assert len(before) == 3
 
     numbers = answered(monkeypatch)
-    generate(folder, prompts, out, *TWO)
+    generate(folder, prompts, out)
     assert sorted(before + numbers) == list(range(8))
     assert out.read_bytes() == whole
     assert not partial(out).exists()
@@ -312,22 +313,22 @@ def test_a_torn_last_line_is_answered_again(folder, prompts, out, whole, monkeyp
     for count in (5, 7):  # stopped again, so that the answers behind the torn line count too
         with monkeypatch.context() as patch:
             stop_after(patch, count)
-            assert cli.main(arguments(folder, prompts, out, *TWO)) == 130
+            assert cli.main(arguments(folder, prompts, out)) == 130
         if count == 5:
             with partial(out).open("ab") as file:
                 file.write(torn)
     numbers = answered(monkeypatch)
-    generate(folder, prompts, out, *TWO)
+    generate(folder, prompts, out)
     assert len(numbers) == 1
     assert out.read_bytes() == whole
 
 
 def test_a_complete_file_is_left_alone(folder, prompts, out, monkeypatch, capsys):
     write(prompts, *MANY[1:3])
-    generate(folder, prompts, out, *TWO)
+    generate(folder, prompts, out)
     monkeypatch.setattr(command, "load", None)  # no model is needed
     before = out.read_bytes(), out.stat().st_mtime_ns
-    generate(folder, prompts, out, *TWO)
+    generate(folder, prompts, out)
     assert (out.read_bytes(), out.stat().st_mtime_ns) == before
     assert "complete already: 2 answers" in capsys.readouterr().out
 
@@ -340,7 +341,7 @@ def test_answers_to_other_prompts_or_with_other_settings_are_refused_and_kept(
     with monkeypatch.context() as patch:
         if not finished:
             stop_after(patch, 2)
-        assert cli.main(arguments(folder, prompts, out, *TWO)) == (0 if finished else 130)
+        assert cli.main(arguments(folder, prompts, out)) == (0 if finished else 130)
     kept = out if finished else partial(out)
     content = kept.read_bytes()
     capsys.readouterr()
@@ -351,9 +352,9 @@ def test_answers_to_other_prompts_or_with_other_settings_are_refused_and_kept(
         assert message in capsys.readouterr().err
         assert kept.read_bytes() == content
 
-    refused(*TWO, "--sampling.top_k", "3")
+    refused("--sampling.top_k", "3")
     write(prompts, *MANY[1:3])
-    refused(*TWO)
+    refused()
 
 
 def test_a_run_that_was_stopped_before_its_first_answer_may_change(
@@ -362,9 +363,9 @@ def test_a_run_that_was_stopped_before_its_first_answer_may_change(
     write(prompts, *MANY[1:3])
     with monkeypatch.context() as patch:
         patch.setattr(command, "load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-        assert cli.main(arguments(folder, prompts, out, *TWO)) == 130
+        assert cli.main(arguments(folder, prompts, out)) == 130
     assert not out.exists()
-    assert len(generate(folder, prompts, out, *TWO, "--sampling.top_k", "3")) == 2
+    assert len(generate(folder, prompts, out, "--sampling.top_k", "3")) == 2
 
 
 # --- errors ------------------------------------------------------------------------------------
