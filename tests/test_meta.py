@@ -310,7 +310,8 @@ def zipped(path, data, entries=None, compression=zipfile.ZIP_STORED):
 def test_the_payloads_work(name, tmp_path):
     """Else the next test would prove nothing."""
     canary = tmp_path / "canary"
-    with contextlib.suppress(TypeError, pickle.UnpicklingError):  # after they have done it
+    # Errors come after they have done it; torch, which some name, may be missing.
+    with contextlib.suppress(TypeError, pickle.UnpicklingError, ModuleNotFoundError):
         pickle.loads(PAYLOADS[name](canary))
     assert canary.exists()
 
