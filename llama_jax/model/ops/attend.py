@@ -73,15 +73,20 @@ def _attend(q_BTKGH, k_BKSH, v_BKSH, mask_BTS):
 def _forward(q_BTKGH, k_BKSH, v_BKSH, mask_BTS):
     """The result is divided by the sum of the weights, T x H numbers, not the weights, T x S.
 
-    Axes of results are in the order of the operands', so that none is transposed on the way.
+    Axes of results are in the order of the operands', so that none is transposed on the way, and
+    queries of a token and of its group are one axis: with two, XLA's CPU backend copies the keys
+    transposed for every decoded token.
     """
-    scores_BKTGS = product("BTKGH,BKSH->BKTGS", q_BTKGH, k_BKSH, jnp.float32)
+    B, T, K, G, H = q_BTKGH.shape
+    q_BKQH = jnp.moveaxis(q_BTKGH, 1, 2).reshape(B, K, T * G, H)
+    scores_BKTGS = product("BKQH,BKSH->BKQS", q_BKQH, k_BKSH, jnp.float32).reshape(B, K, T, G, -1)
     scores_BKTGS = jnp.where(mask_BTS[:, None, :, None], scores_BKTGS, jnp.finfo(jnp.float32).min)
     largest = jnp.max(scores_BKTGS, axis=-1, keepdims=True)
     weights = jnp.exp((scores_BKTGS - largest) * q_BTKGH.shape[-1] ** -0.5)
     inverse = 1 / jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(v_BKSH.dtype)
-    y_BKTGH = product("BKTGS,BKSH->BKTGH", weights, v_BKSH, jnp.float32) * inverse
+    y_BKQH = product("BKQS,BKSH->BKQH", weights.reshape(B, K, T * G, -1), v_BKSH, jnp.float32)
+    y_BKTGH = y_BKQH.reshape(B, K, T, G, H) * inverse
     y_BTKGH = checkpoint_name(jnp.moveaxis(y_BKTGH, 2, 1).astype(q_BTKGH.dtype), "attended")
     return y_BTKGH, (q_BTKGH, k_BKSH, v_BKSH, weights, inverse, y_BTKGH)
 

@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from llama_jax.config import ModelConfig, RopeScaling
 
@@ -93,7 +94,8 @@ def rotations(
         frequencies = _dynamic(config, lengths_BT)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     factor = attention_factor(config.rope_scaling)
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    # The barrier keeps XLA from computing them once more in every layer, for every head.
+    return lax.optimization_barrier((jnp.cos(angles) * factor, jnp.sin(angles) * factor))
 
 
 def _document_lengths(positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:

@@ -96,8 +96,7 @@ class Words:
     def times(self, subscripts: str, a: jax.Array, dtype: Any) -> jax.Array:
         """As `product`, with this weight as b."""
         x, shape = _rows(subscripts, a, self.words.shape[1:])
-        words = self.words.reshape(len(self.words), -1)
-        y = self._one_row(words, x[0])[None] if len(x) == 1 else self._many_rows(words, x)
+        y = self._one_row(x[0])[None] if len(x) == 1 else self._many_rows(x)
         y = y if self.scale is None else y * self.scale.reshape(-1)
         y = jnp.einsum(f"{shape.letters}->{letters(subscripts)[2]}", y.reshape(shape.sizes))
         return y.astype(dtype)
@@ -117,12 +116,13 @@ class Words:
         """Values of a word."""
         return 2 if self.scale is None else 4
 
-    def _one_row(self, words: jax.Array, x: jax.Array) -> jax.Array:
-        """x (in) times words (in / p, out): (out) fp32."""
-        # Tied to x, lest XLA unpack the words once before a loop over steps, as fp32.
-        words, x = lax.optimization_barrier((words, x))
+    def _one_row(self, x: jax.Array) -> jax.Array:
+        """x (in) times the words: (out merged) fp32."""
+        # Tied to x, lest XLA unpack the words once before a loop over steps, as fp32. No reshape
+        # before it: two, on both sides of the barrier, become a copy of the words at every call.
+        words, x = lax.optimization_barrier((self.words, x))
         together = math.gcd(len(words), INPUTS_AT_ONCE // self._count)
-        blocks = words.reshape(-1, together, words.shape[1])
+        blocks = words.reshape(len(words) // together, together, -1)
         x = x.astype(jnp.float32).reshape(-1, together, self._count, 1)
         terms = (
             _value(blocks[:, j], i, self._count) * x[:, j, i]
@@ -134,9 +134,9 @@ class Words:
         sums = lax.optimization_barrier(functools.reduce(jnp.add, terms))
         return jnp.ones(len(sums), jnp.float32) @ sums
 
-    def _many_rows(self, words: jax.Array, x: jax.Array) -> jax.Array:
-        """x (rows, in) times words (in / p, out), unpacked for the occasion: (rows, out) fp32."""
-        values = lax.bitcast_convert_type(words, self._type)
+    def _many_rows(self, x: jax.Array) -> jax.Array:
+        """x (rows, in) times the words, unpacked for the occasion: (rows, out merged) fp32."""
+        values = lax.bitcast_convert_type(self.words.reshape(len(self.words), -1), self._type)
         dense = jnp.moveaxis(values, 2, 1).reshape(x.shape[1], -1)
         return jnp.matmul(x, dense.astype(x.dtype), preferred_element_type=jnp.float32)
 
