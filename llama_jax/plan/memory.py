@@ -6,11 +6,12 @@ besides is estimated from what the backward pass must have; the compiled peak de
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 
-from llama_jax.config import ConfigError, TrainConfig
+from llama_jax.config import ConfigError, ModelConfig, TrainConfig
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama
 from llama_jax.plan.settings import PlanConfig
@@ -67,13 +68,22 @@ def local(shape: Any, axes: Any, sizes: Mapping[str, int], rules: Rules, name: s
 def parameters_by_name(model: Llama, sizes: Mapping[str, int]) -> dict[str, int]:
     """Parameter -> elements that one device holds."""
     assert model.rules
+    return {
+        name: local(shape, axes, sizes, model.rules, name)
+        for name, shape, axes in declared(model.config)
+    }
+
+
+@cache
+def declared(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...]:
+    """Name, shape and logical axes of every parameter."""
+    model = Llama(config)
     tree: Any
     leaves, tree = jax.tree_util.tree_flatten_with_path(model.shapes())
-    found = {}
-    for (path, leaf), axes in zip(leaves, tree.flatten_up_to(model.axes()), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found[name] = local(leaf.shape, axes, sizes, model.rules, name)
-    return found
+    return tuple(
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, axes)
+        for (path, leaf), axes in zip(leaves, tree.flatten_up_to(model.axes()), strict=True)
+    )
 
 
 def training_memory(config: TrainConfig, sizes: Mapping[str, int]) -> Memory:
@@ -139,13 +149,12 @@ def _layer_widths(config: TrainConfig, sizes: Mapping[str, int], rules: Rules) -
     Scores are those of four blocks of queries, each against the keys up to its end: 5/8 of them.
     """
     model, length = config.model, config.data.sequence_length
-    shapes = Llama(model).shapes()["layers"]["attention"]
 
     def width(count: int, axis: str) -> int:
         return local((count,), (axis,), sizes, rules)
 
     queries = width(model.n_heads, "act_heads") * model.d_head
-    keys = width(shapes["k"].shape[2], "act_kv_heads") * model.d_head
+    keys = width(model.n_kv_heads, "act_kv_heads") * model.d_head
     inner = width(model.d_ff, "act_mlp")
     return {
         "input": model.d_model,
@@ -181,14 +190,14 @@ def decoding_memory(config: PlanConfig, sizes: Mapping[str, int], rules: Rules) 
         ConfigError: the mesh does not divide the model or the rows.
     """
     held = parameters_by_name(Llama(config.model, rules=rules), sizes)
-    cache = jax.eval_shape(
+    slabs = jax.eval_shape(
         lambda: KVCache.init(config.model, config.batch, config.context, config.cache)
     )
     tree: Any
-    leaves, tree = jax.tree.flatten(cache)
+    leaves, tree = jax.tree.flatten(slabs)
     stored = sum(
         local(leaf.shape, axes, sizes, rules, "the cache") * leaf.dtype.itemsize
-        for leaf, axes in zip(leaves, tree.flatten_up_to(cache.axes), strict=True)
+        for leaf, axes in zip(leaves, tree.flatten_up_to(slabs.axes), strict=True)
     )
     shape = (config.batch, config.model.vocab_size)
     # As the head makes them, and whole along the vocabulary, which sampling reduces over.

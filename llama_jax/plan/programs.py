@@ -2,16 +2,25 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llama_jax.config import ComputeConfig, ConfigError, MeshConfig, TrainConfig
+from llama_jax.config import (
+    ComputeConfig,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from llama_jax.generate.decode import Decoder, Rows, State
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama
+from llama_jax.plan.memory import declared
 from llama_jax.plan.settings import PlanConfig
 from llama_jax.train.optimizer import adamw
 from llama_jax.train.program import BATCH_TYPES, make_program
@@ -78,18 +87,22 @@ def decoding_mesh(config: PlanConfig, devices: int) -> MeshConfig:
     share them without a rest, and the rows over the others."""
     if config.mesh.rules == "decode":
         return config.mesh
-    heads = Llama(config.model).shapes()["layers"]["attention"]["k"].shape[2]
-    return MeshConfig(data=-1, fsdp=1, tensor=math.gcd(devices, heads), rules="decode")
+    k = next(shape for name, shape, _ in declared(config.model) if name == "layers/attention/k")
+    return MeshConfig(data=-1, fsdp=1, tensor=math.gcd(devices, k[2]), rules="decode")
 
 
 def training_jaxpr(config: TrainConfig) -> Any:
     """The jaxpr of the step for one row of the batch, on no devices: enough to count FLOPs."""
-    model = Llama(config.model, config.compute)
-    optimizer = adamw(config.optimizer, config.steps, model.axes())
+    return _training_jaxpr(config.model, config.compute, config.data.sequence_length)
+
+
+@cache
+def _training_jaxpr(model_config: ModelConfig, compute: ComputeConfig, length: int) -> Any:
+    model = Llama(model_config, compute)
+    optimizer = adamw(OptimizerConfig(), 10**6, model.axes())  # has no matrix products
     state = jax.eval_shape(lambda params: init_state(params, optimizer), model.shapes())
-    shape = (1, config.data.sequence_length)
-    batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in BATCH_TYPES.items()}
-    step = make_step(lm_loss(model, config.z_loss), optimizer)
+    batch = {name: jax.ShapeDtypeStruct((1, length), kind) for name, kind in BATCH_TYPES.items()}
+    step = make_step(lm_loss(model), optimizer)
     return jax.make_jaxpr(step)(state, batch).jaxpr
 
 
