@@ -20,6 +20,7 @@ from llama_jax.config import ConfigError, Schema
 from llama_jax.convert.settings import ConvertConfig, VerifyConfig
 from llama_jax.evaluate.settings import EvaluateConfig
 from llama_jax.generate.settings import GenerateConfig
+from llama_jax.plan.settings import PlanConfig
 
 DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
 
@@ -49,6 +50,11 @@ COMMANDS = {
         "llama_jax.train.loop:train",
         "Pretrain, or continue a run that was stopped: the same command does both.",
         repeats=True,
+    ),
+    "plan": Command(
+        PlanConfig,
+        "llama_jax.plan.command:plan",
+        "Say whether a run fits a TPU slice or GPUs and how fast it can go, without having them.",
     ),
     "generate": Command(
         GenerateConfig,

@@ -28,7 +28,7 @@ ROWS = {
     ],
     7: ["llama_jax"],  # __init__.py alone: the api under its short name
     6: ["llama_jax.api"],
-    5: ["llama_jax.convert", "llama_jax.evaluate"],
+    5: ["llama_jax.convert", "llama_jax.evaluate", "llama_jax.plan"],
     4: [
         *("llama_jax.train", "llama_jax.generate"),  # these two do not know each other
         "llama_jax.tokenizer.train",  # reads a corpus, while data.prepare reads tokenizers
@@ -43,6 +43,7 @@ ROWS = {
         *("llama_jax.model.ops", "llama_jax.model.count"),
         *("llama_jax.convert.names", "llama_jax.convert.settings"),
         *("llama_jax.generate.settings", "llama_jax.evaluate.settings"),
+        *("llama_jax.plan.settings", "llama_jax.plan.hardware"),
         *("llama_jax.flags", "llama_jax.process"),
     ],
     0: ["llama_jax.config", "sharding"],

@@ -38,30 +38,13 @@ from llama_jax.train.metrics import (
     peak_flops,
     plot_losses,
 )
-from llama_jax.train.optimizer import Optimizer, adamw
-from llama_jax.train.step import (
-    Batch,
-    TrainState,
-    init_state,
-    lm_loss,
-    make_evaluation,
-    make_step,
-    state_axes,
-)
-from sharding.mesh import make_mesh
-from sharding.partition import shardings
-from sharding.rules import PRESETS
+from llama_jax.train.optimizer import Optimizer
+from llama_jax.train.program import make_program
+from llama_jax.train.step import Batch, TrainState, init_state, lm_loss, make_evaluation
 
 DONE, STOPPED = 0, 75
 MOST_SKIPPED_IN_ROW = 3
 CHECKPOINTS = "checkpoints"
-BATCH_TYPES = {
-    "tokens": jnp.int32,
-    "targets": jnp.int32,
-    "positions": jnp.int32,
-    "segments": jnp.int32,
-    "weights": jnp.float32,
-}
 
 
 class TrainingError(RuntimeError):
@@ -71,7 +54,7 @@ class TrainingError(RuntimeError):
 class Plan(NamedTuple):
     """All that is decided before anything is allocated.
 
-    state, batch: trees of ShapeDtypeStructs with the shardings the arrays will have.
+    The fields from model on are those of train.program.Program.
     """
 
     config: TrainConfig
@@ -83,6 +66,7 @@ class Plan(NamedTuple):
     mesh: Mesh
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
+    step: Any
 
 
 class Programs(NamedTuple):
@@ -237,36 +221,7 @@ def make_plan(config: TrainConfig) -> Plan:
             f"{config.model.vocab_size}; use a model whose vocab_size is at least that"
         )
     data, validation = open_data(config, tokenizer)
-    rules = PRESETS[config.mesh.rules]
-    model = Llama(config.model, config.compute, rules)
-    optimizer = adamw(config.optimizer, config.steps, model.axes())
-    state = jax.eval_shape(lambda params: init_state(params, optimizer), model.shapes())
-    rows, length = config.data.batch_size, config.data.sequence_length
-    batch = {name: jax.ShapeDtypeStruct((rows, length), kind) for name, kind in BATCH_TYPES.items()}
-    batch_axes = dict.fromkeys(batch, ("batch", "seq"))
-    try:
-        mesh = make_mesh(config.mesh.sizes)
-        devices = math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
-        if (rows // config.accumulate) % devices:
-            raise ConfigError(
-                f"data.batch_size / accumulate ({rows // config.accumulate}) must be a multiple of "
-                f"mesh.data x mesh.fsdp ({devices} on these devices), which split the batch"
-            )
-        state_places = shardings(state, state_axes(model.axes(), optimizer), mesh, rules)
-        batch_places = shardings(batch, batch_axes, mesh, rules)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return Plan(
-        config,
-        tokenizer,
-        data,
-        validation,
-        model,
-        optimizer,
-        mesh,
-        jax.tree.map(_placed, state, state_places),
-        jax.tree.map(_placed, batch, batch_places),
-    )
+    return Plan(config, tokenizer, data, validation, *make_program(config))
 
 
 def open_data(config: TrainConfig, tokenizer: tokenizers.Tokenizer) -> tuple[Loader, Loader | None]:
@@ -288,10 +243,6 @@ def open_data(config: TrainConfig, tokenizer: tokenizers.Tokenizer) -> tuple[Loa
     return data, None
 
 
-def _placed(x: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
-
 def check_resumable(plan: Plan, found: Checkpoint) -> None:
     """Refuses to go on from a checkpoint that this configuration does not continue.
 
@@ -310,12 +261,6 @@ def compile_programs(plan: Plan) -> Programs:
     """Compiles for the shapes of the plan."""
     config = plan.config
     loss_fn = lm_loss(plan.model, config.z_loss)
-    places = jax.tree.map(lambda x: x.sharding, plan.state)
-    step = jax.jit(
-        make_step(loss_fn, plan.optimizer, config.accumulate),
-        donate_argnums=0,
-        out_shardings=(places, None),
-    )
     evaluate = jax.jit(make_evaluation(loss_fn, config.accumulate))
     is_finite = jax.jit(
         lambda state: jnp.all(
@@ -323,7 +268,7 @@ def compile_programs(plan: Plan) -> Programs:
         )
     )
     return Programs(
-        step.lower(plan.state, plan.batch).compile(),
+        plan.step.lower(plan.state, plan.batch).compile(),
         evaluate.lower(plan.state.params, plan.batch).compile() if plan.validation else None,
         is_finite.lower(plan.state).compile(),
     )

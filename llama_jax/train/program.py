@@ -1,0 +1,89 @@
+"""The training step of a configuration, with every shape and placement, and nothing allocated.
+
+`train` runs it and `plan` compiles it for devices that are not there: one function, so that what is
+planned is what will run.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llama_jax.config import ConfigError, TrainConfig
+from llama_jax.model.llama import Llama
+from llama_jax.train.optimizer import Optimizer, adamw
+from llama_jax.train.step import TrainState, init_state, lm_loss, make_step, state_axes
+from sharding.mesh import make_mesh
+from sharding.partition import shardings
+from sharding.rules import PRESETS
+
+BATCH_TYPES = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "positions": jnp.int32,
+    "segments": jnp.int32,
+    "weights": jnp.float32,
+}
+
+
+class Program(NamedTuple):
+    """A step and what it takes.
+
+    state, batch: trees of ShapeDtypeStructs with the shardings the arrays will have.
+    step: jitted (state, batch) -> (state, metrics), the old state given up; to be lowered and run
+        under `jax.set_mesh(mesh)`.
+    """
+
+    model: Llama
+    optimizer: Optimizer
+    mesh: Mesh
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    step: Any
+
+
+def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Program:
+    """Lays a run out over devices, by default those of all processes; compiles nothing yet.
+
+    Raises:
+        ConfigError: mesh, model and batch do not fit together or do not fit the devices.
+    """
+    rules = PRESETS[config.mesh.rules]
+    model = Llama(config.model, config.compute, rules)
+    optimizer = adamw(config.optimizer, config.steps, model.axes())
+    state = jax.eval_shape(lambda params: init_state(params, optimizer), model.shapes())
+    rows, length = config.data.batch_size, config.data.sequence_length
+    batch = {name: jax.ShapeDtypeStruct((rows, length), kind) for name, kind in BATCH_TYPES.items()}
+    batch_axes = dict.fromkeys(batch, ("batch", "seq"))
+    try:
+        mesh = make_mesh(config.mesh.sizes, devices)
+        shares = math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
+        if (rows // config.accumulate) % shares:
+            raise ConfigError(
+                f"data.batch_size / accumulate ({rows // config.accumulate}) must be a multiple of "
+                f"mesh.data x mesh.fsdp ({shares} on these devices), which split the batch"
+            )
+        state_places = shardings(state, state_axes(model.axes(), optimizer), mesh, rules)
+        batch_places = shardings(batch, batch_axes, mesh, rules)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    step = jax.jit(
+        make_step(lm_loss(model, config.z_loss), optimizer, config.accumulate),
+        donate_argnums=0,
+        out_shardings=(state_places, None),
+    )
+    return Program(
+        model,
+        optimizer,
+        mesh,
+        jax.tree.map(_placed, state, state_places),
+        jax.tree.map(_placed, batch, batch_places),
+        step,
+    )
+
+
+def _placed(x: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)

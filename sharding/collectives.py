@@ -1,0 +1,408 @@
+"""Reads compiled HLO text: which collectives it holds, along which mesh axes, how often, how large.
+
+The text is for people and changes between compilers, so each spelling that was met has a test. What
+counts is what one device does in one run of the program, loops unrolled:
+
+* a loop's body counts as often as its condition says (`known_trip_count` where it is written; a
+  TPU's text has only the comparison with a constant); a loop whose length is data counts once, and
+  so does every branch of a conditional;
+* an asynchronous collective is a start and a done: the start counts;
+* a TPU spreads one collective over several fusions that repeat its channel: a channel counts once.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "ragged-all-to-all",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+)
+BITS = {"pred": 8, "token": 0}  # all other types end with, or begin with, their number of bits
+
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+)(?: \(.*)?\{$")
+_INSTRUCTION = re.compile(r"(ROOT )?%?([\w.\-]+) = ")
+_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
+
+
+class Instruction(NamedTuple):
+    """One line of HLO: `%name = shape opcode(rest`."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+    is_root: bool
+
+
+class Program(NamedTuple):
+    """The computations of a module by name, and which of them it starts with."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+
+class Collective(NamedTuple):
+    """One collective of a program.
+
+    kind: all-gather, ...; `send` is a transfer between slices, over the data-centre network.
+    axes: the mesh axes along which its groups lie; none if they could not be read.
+    group: partition numbers of the first group (positions in `mesh.devices.flat`).
+    payload: bytes of the result of one execution on a device.
+    executions: how often one run of the program executes it.
+    wire_bytes: bytes that a device sends in one execution, by the ring algorithm.
+    name: what it computes, as the compiler was told (op_name).
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: tuple[int, ...]
+    payload: int
+    executions: int
+    wire_bytes: float
+    name: str
+
+
+class Total(NamedTuple):
+    """The collectives of one kind along the same axes: places in the program, executions, bytes a
+    device sends in one run."""
+
+    kind: str
+    axes: tuple[str, ...]
+    sites: int
+    executions: int
+    wire_bytes: float
+
+
+def totals(found: Sequence[Collective]) -> list[Total]:
+    """Collectives summed by kind and axes, those that send most first."""
+    groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
+    for one in found:
+        groups.setdefault((one.kind, one.axes), []).append(one)
+    rows = [
+        Total(
+            kind,
+            axes,
+            len(members),
+            sum(one.executions for one in members),
+            sum(one.executions * one.wire_bytes for one in members),
+        )
+        for (kind, axes), members in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row.wire_bytes)
+
+
+def collectives(hlo: str, mesh_sizes: Mapping[str, int]) -> list[Collective]:
+    """The collectives of a compiled module that run and move something.
+
+    Args:
+        hlo: `compiled.as_text()`.
+        mesh_sizes: mesh axis -> devices along it, outermost first, as in `mesh.shape`.
+    """
+    program = read(hlo)
+    counts, windows = executions(program)
+    found: dict[tuple[str, ...], Collective] = {}
+    for computation, instructions in program.computations.items():
+        for instruction in instructions:
+            kind = _kind(instruction)
+            if kind is None or not counts.get(computation):
+                continue
+            count = counts[computation]
+            # One collective over the steps of a loop that hides it: each step moves a part.
+            if "async_collective_fusion" in computation or "chain_id" in instruction.rest:
+                count = windows[computation]
+            one = _collective(instruction, kind, computation, count, mesh_sizes)
+            channel = re.search(r"channel_id=(\d+)", instruction.rest)
+            key = (kind, channel[1]) if channel else (kind, computation, instruction.name)
+            if one.wire_bytes and (key not in found or found[key].executions < count):
+                found[key] = one
+    return list(found.values())
+
+
+# Text -> instructions -----------------------------------------------------------------------------
+
+
+def read(hlo: str) -> Program:
+    """The instructions of an HLO module's text."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in hlo.splitlines():
+        header = _COMPUTATION.match(line) if line[:1] not in (" ", "") else None
+        if header and not line.startswith("HloModule"):
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif current is not None and (match := _INSTRUCTION.match(line.strip())):
+            shape, rest = _split_shape(line.strip()[match.end() :])
+            opcode, _, operands = rest.partition("(")
+            current.append(Instruction(match[2], shape, opcode.strip(), operands, bool(match[1])))
+    return Program(computations, entry)
+
+
+def _split_shape(text: str) -> tuple[str, str]:
+    """`(f32[2]{0}, u32[]) add-start(...)` -> the shape, and what follows it."""
+    if not text.startswith("("):
+        shape, _, rest = text.partition(" ")
+        return shape, rest
+    end = _closing(text, 0)
+    return text[: end + 1], text[end + 1 :].lstrip()
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` closes."""
+    depth = 0
+    for position in range(start, len(text)):
+        depth += text[position] in "([{"
+        depth -= text[position] in ")]}"
+        if not depth:
+            return position
+    return len(text) - 1
+
+
+def elements(shape: str) -> list[str]:
+    """The parts of a tuple's shape; a shape that is no tuple is its own only part."""
+    if not shape.startswith("("):
+        return [shape]
+    parts, depth, start = [], 0, 1
+    for position, letter in enumerate(shape):
+        depth += letter in "([{"
+        depth -= letter in ")]}"
+        if (letter == "," and depth == 1) or depth == 0:
+            parts.append(shape[start:position].strip())
+            start = position + 1
+        if depth == 0:
+            break
+    return [part for part in parts if part]
+
+
+def shape_bytes(shape: str) -> int:
+    """Bytes of an array, or of all arrays of a tuple."""
+    bits = sum(_bits(kind) * _size(dims) for kind, dims in _ARRAY.findall(shape))
+    return math.ceil(bits / 8)
+
+
+def _bits(kind: str) -> int:
+    return BITS[kind] if kind in BITS else int(re.findall(r"\d+", kind)[0])
+
+
+def _size(dims: str) -> int:
+    return math.prod(int(size) for size in dims.split(",") if size)
+
+
+# How often ----------------------------------------------------------------------------------------
+
+
+def executions(program: Program) -> tuple[dict[str, int], dict[str, int]]:
+    """How often each computation runs: loops unrolled, and without the loops of windowed products.
+
+    A windowed product is XLA's own loop over parts of one matrix product.
+    """
+    counts: dict[str, int] = {}
+    windows: dict[str, int] = {}
+
+    def visit(name: str, count: int, window: int) -> None:
+        counts[name] = counts.get(name, 0) + count
+        windows[name] = windows.get(name, 0) + window
+        for instruction in program.computations.get(name, ()):
+            if instruction.opcode == "while":
+                condition, body = _loop(instruction.rest)
+                trips = _trips(program, instruction.rest, condition, body)
+                is_window = "windowed_dot_general" in body
+                visit(body, count * trips, window * (1 if is_window else trips))
+            else:
+                for called in _called(instruction.rest):
+                    visit(called, count, window)
+
+    visit(program.entry, 1, 1)
+    return counts, windows
+
+
+def _loop(rest: str) -> tuple[str, str]:
+    condition = re.search(r"condition=%?([\w.\-]+)", rest)
+    body = re.search(r"body=%?([\w.\-]+)", rest)
+    assert condition, rest  # a while has both
+    assert body, rest
+    return condition[1], body[1]
+
+
+def _called(rest: str) -> Iterator[str]:
+    for match in _CALLED.finditer(rest):
+        yield from re.findall(r"%?([\w.\-]+)", match[1])
+
+
+def _trips(program: Program, rest: str, condition: str, body: str) -> int:
+    """Passes of a loop that counts up from 0 to a constant; 1 where its length is data."""
+    known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', rest)
+    if known:
+        return int(known[1])
+    found = _limit({one.name: one for one in program.computations[condition]})
+    if found is None:
+        return 1
+    index, limit = found
+    step = _step({one.name: one for one in program.computations[body]}, index)
+    return max(math.ceil(limit / step), 0)
+
+
+def _limit(instructions: Mapping[str, Instruction]) -> tuple[int, int] | None:
+    """Of a condition `i < constant`: which part of the loop's tuple i is, and the constant."""
+    root = next(one for one in instructions.values() if one.is_root)
+    direction = re.search(r"direction=(\w+)", root.rest)
+    operands = [instructions[name] for name in _operands(root.rest) if name in instructions]
+    if root.opcode != "compare" or not direction or len(operands) != 2:
+        return None
+    counter, limit = operands if direction[1] == "LT" else reversed(operands)
+    index = re.search(r"index=(\d+)", counter.rest)
+    if direction[1] not in ("LT", "GT") or limit.opcode != "constant" or not index:
+        return None
+    return int(index[1]), _constant(limit)
+
+
+def _step(instructions: Mapping[str, Instruction], index: int) -> int:
+    """By how much a loop's body raises its counter: an unrolled one by more than 1."""
+    root = next(one for one in instructions.values() if one.is_root)
+    at = instructions.get(_operands(root.rest)[index])
+    step = 0
+    while at and at.opcode in ("add", "copy"):
+        terms = [instructions[name] for name in _operands(at.rest) if name in instructions]
+        step += sum(_constant(term) for term in terms if term.opcode == "constant")
+        at = next((term for term in terms if term.opcode != "constant"), None)
+    return max(step, 1)
+
+
+def _constant(instruction: Instruction) -> int:
+    return int(instruction.rest.partition(")")[0])
+
+
+def _operands(rest: str) -> list[str]:
+    """Names of the operands of an instruction, whose opening bracket has been read."""
+    return [re.findall(r"[\w.\-]+", operand)[-1] for operand in elements("(" + rest)]
+
+
+# What it moves ------------------------------------------------------------------------------------
+
+
+def _kind(instruction: Instruction) -> str | None:
+    opcode = instruction.opcode
+    if opcode.endswith("-done") or opcode.endswith("-update"):
+        return None
+    base = opcode.removesuffix("-start")
+    if base in KINDS:
+        # An asynchronous wrapper whose computation is written out: the collective is in there.
+        return None if "calls=" in instruction.rest else base
+    if opcode == "send" and "megascale" in instruction.rest:
+        return "send"
+    return None
+
+
+def _collective(
+    instruction: Instruction,
+    kind: str,
+    computation: str,
+    count: int,
+    mesh_sizes: Mapping[str, int],
+) -> Collective:
+    members, moved = _members(instruction.rest, math.prod(mesh_sizes.values()))
+    payload = _payload(instruction, kind)
+    group = max(len(members), 1)
+    match kind:
+        case "all-gather" | "all-to-all" | "ragged-all-to-all":
+            wire = payload * (group - 1) / group
+        case "reduce-scatter":
+            wire = payload * (group - 1)
+        case "all-reduce":
+            # A reduce-scatter and an all-gather; a TPU's fused form keeps only the first.
+            halves = 1 if computation.startswith("all-reduce-scatter") else 2
+            wire = halves * payload * (group - 1) / group
+        case _:  # permutes, broadcasts, sends: as it is
+            wire = float(payload) if group > 1 or kind == "send" else 0.0
+    name = re.search(r'op_name="([^"]*)"', instruction.rest)
+    axes = _axes(moved, mesh_sizes)
+    return Collective(kind, axes, members, payload, count, wire, name[1] if name else "")
+
+
+def _payload(instruction: Instruction, kind: str) -> int:
+    """Bytes of the result: of a start's tuple, which has operands and results, the results."""
+    parts = elements(instruction.shape)
+    if kind == "send":
+        return shape_bytes(parts[0])  # the rest is context
+    is_start = instruction.opcode.endswith("-start")
+    if is_start and kind != "all-reduce" and len(parts) > 1:
+        return shape_bytes(parts[1])
+    return shape_bytes(instruction.shape)
+
+
+def _members(rest: str, devices: int) -> tuple[tuple[int, ...], Sequence[Sequence[int]]]:
+    """The first group, and groups enough to tell along which axes they lie."""
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", rest)
+    if pairs:
+        found = [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
+        moving = [pair for pair in found if pair[0] != pair[1]]
+        return _ring(moving), moving
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    if iota:
+        numbers = np.arange(math.prod(map(int, iota[3].split(","))))
+        numbers = numbers.reshape([int(size) for size in iota[3].split(",")])
+        if iota[4]:
+            numbers = numbers.transpose([int(axis) for axis in iota[4].split(",")])
+        group = tuple(numbers.reshape(int(iota[1]), int(iota[2]))[0].tolist())
+        return group, [group]
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest)
+    if named:
+        group = _named_group(named[1], named[2])
+        return group, [group]
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    if listed:
+        group = tuple(map(int, listed[1].split(",")))
+        return group, [group]
+    if "replica_groups={}" in rest:
+        group = tuple(range(devices))
+        return group, [group]
+    return (), []
+
+
+def _ring(pairs: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The devices that a permutation visits from its first source on."""
+    following = {pair[0]: pair[1] for pair in pairs}
+    visited: list[int] = []
+    at = pairs[0][0] if pairs else None
+    while at is not None and at not in visited:
+        visited.append(at)
+        at = following.get(at)
+    return tuple(visited)
+
+
+def _named_group(sizes: str, axes: str) -> tuple[int, ...]:
+    """`'a'=8,'b'=2` and `'b'`, or a part of an axis, `'a':(2)4`: the group of device 0."""
+    mesh = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+    strides = dict(zip(mesh, _strides(list(mesh.values())), strict=True))
+    group = np.zeros(1, int)
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
+        count = int(part) if part else mesh[name]
+        step = strides[name] * (mesh[name] // (int(before or 1) * count))
+        group = (group[:, None] + step * np.arange(count)).ravel()
+    return tuple(group.tolist())
+
+
+def _strides(sizes: Sequence[int]) -> list[int]:
+    return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+
+
+def _axes(groups: Sequence[Sequence[int]], mesh_sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which the members of a group differ."""
+    sizes = tuple(mesh_sizes.values())
+    differing = {
+        axis
+        for group in groups
+        if max(group) < math.prod(sizes)
+        for axis, places in zip(mesh_sizes, np.unravel_index(list(group), sizes), strict=True)
+        if len(set(places.tolist())) > 1
+    }
+    return tuple(axis for axis in mesh_sizes if axis in differing)
