@@ -173,6 +173,9 @@ class ComputeConfig(Schema):
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products; parameters, norms, softmax and loss stay fp32."""
+    attention: Literal["auto", "xla", "splash", "flash"] = "auto"
+    """Kernel of attention without a cache: xla (any device; holds the scores), splash (TPU) or
+    flash (NVIDIA GPU); auto takes that of the device."""
     scan_layers: bool = True
     """Compile one block and loop over it (fast compiles), or unroll all blocks (faster on CPU)."""
     remat: Literal["none", "full", "named"] = "none"
@@ -198,6 +201,9 @@ class MeshConfig(Schema):
     """Replicas of the model, each with its share of the batch."""
     fsdp: int = 1
     """Parts of parameters and optimizer state, gathered layer by layer; also splits the batch."""
+    context: int = 1
+    """Parts of a row's tokens, for long sequences: keys and values are gathered layer by layer.
+    Splits parameters as fsdp does; with decode rules, the slots of the cache."""
     tensor: int = 1
     """Parts of each head group and feed-forward width (tensor parallelism)."""
     rules: Literal["train", "decode"] = "train"
@@ -205,7 +211,7 @@ class MeshConfig(Schema):
 
     @model_validator(mode="after")
     def _sizes_make_sense(self) -> Self:
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = self.sizes
         for name, size in sizes.items():
             if size < 1 and size != -1:
                 raise ValueError(f"{name} must be positive, or -1 for all remaining devices")
@@ -216,7 +222,7 @@ class MeshConfig(Schema):
     @property
     def sizes(self) -> dict[str, int]:
         """Axis name -> number of devices along it (-1: what is left), outermost first."""
-        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        return {name: getattr(self, name) for name in ("data", "fsdp", "context", "tensor")}
 
 
 class DataSource(Schema):

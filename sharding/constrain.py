@@ -1,9 +1,19 @@
-"""The one way to state the layout of an activation."""
+"""The one way to state the layout of an activation, and to ask for it."""
+
+import math
 
 import jax
 
 from sharding.partition import divided_spec
 from sharding.rules import Rules
+
+
+def parts(axis: str, rules: Rules | None) -> int:
+    """How many devices split a logical axis, by the rules and the mesh in force."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if rules is None or mesh.empty:
+        return 1
+    return math.prod(mesh.shape[name] for name in rules.mesh_axes(axis))
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...], rules: Rules | None) -> jax.Array:

@@ -83,7 +83,7 @@ _TRAIN = Rules.of(
     {
         # Parameters, their gradients and their optimizer state.
         "vocab": "tensor",
-        "embed": "fsdp",
+        "embed": ("fsdp", "context"),
         "heads": "tensor",
         "kv_heads": "tensor",
         "head_dim": None,
@@ -91,7 +91,8 @@ _TRAIN = Rules.of(
         "layers": None,
         # Activations and caches.
         "batch": ("data", "fsdp"),
-        "seq": None,
+        "seq": "context",
+        "residual_seq": ("context", "tensor"),
         "kv_seq": None,
         "act_embed": None,
         "act_heads": "tensor",
@@ -104,11 +105,14 @@ _TRAIN = Rules.of(
 PRESETS: dict[str, Rules] = {
     # Every parameter is split over fsdp x tensor and gathered over fsdp just before its layer runs
     # (ZeRO stage 3, arXiv 1910.02054); with tensor > 1 a layer's heads and widths stay split while
-    # it runs (Megatron, arXiv 1909.08053). data and fsdp both split the batch.
+    # it runs (Megatron, arXiv 1909.08053). data and fsdp both split the batch. context splits a
+    # row's tokens, and between blocks, where every token is on its own, tensor does so too
+    # (arXiv 2205.05198): norms and the values kept for the backward pass are not repeated.
     "train": _TRAIN,
     # A decoding step is over before a layer's weights could be gathered, so weights stay where they
     # are: split over tensor, whole along fsdp, which here only splits the batch, as data does. What
     # a device holds is parameters / tensor: if that is too much, use a larger tensor axis, or the
     # train rules, which fit wherever training fits and gather every weight for every token.
-    "decode": _TRAIN.replace(embed=None),
+    # context splits the cache's slots.
+    "decode": _TRAIN.replace(embed=None, seq=None, residual_seq=None, kv_seq="context"),
 }

@@ -39,7 +39,7 @@ TOLERANCE = 1e-5
 # Most of the time of these tests is compilation, and code that runs once needs no optimizing.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-Sizes = tuple[int, int, int]
+Sizes = tuple[int, ...]
 
 
 class Result(NamedTuple):
@@ -49,9 +49,10 @@ class Result(NamedTuple):
 
 
 def mesh_of(sizes: Sizes) -> jax.sharding.Mesh:
-    """data x fsdp x tensor, on as many devices as that takes."""
-    names = ("data", "fsdp", "tensor")
-    return make_mesh(dict(zip(names, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
+    """data x fsdp x tensor (x context), on as many devices as that takes."""
+    data, fsdp, tensor, *context = sizes
+    named = {"data": data, "fsdp": fsdp, "context": math.prod(context), "tensor": tensor}
+    return make_mesh(named, jax.devices()[: math.prod(sizes)])
 
 
 @functools.cache
@@ -143,6 +144,10 @@ MESHES = {
     "tensor 4": (1, 1, 4),
     "data x fsdp": (2, 2, 1),
     "fsdp x tensor": (1, 2, 2),
+    "context 2": (1, 1, 1, 2),
+    "context 4": (1, 1, 1, 4),
+    "fsdp x context": (1, 2, 1, 2),
+    "context x tensor": (1, 1, 2, 2),
 }
 
 
@@ -241,8 +246,29 @@ def test_a_training_step_keeps_its_state_split():
     assert_same(metrics["grad_norm"], expected[1]["grad_norm"])
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(sizes, id=name) for name, sizes in MESHES.items() if name.find("data") < 0],
+)
+def test_the_loss_and_its_gradients_are_those_of_one_device(sizes):
+    """With the order that balances causal attention, and every chunk of the loss on all devices."""
+    mesh, rules = mesh_of(sizes), PRESETS["train"]
+    compute = ComputeConfig(loss_chunks=2)
+
+    def gradients(model: Llama, params: Any, batch: Any) -> Any:
+        return quick_jit(jax.value_and_grad(lm_loss(model), has_aux=True))(params, batch)
+
+    expected = jax.block_until_ready(gradients(Llama(CONFIG, compute), parameters(CONFIG), batch()))
+    model = Llama(CONFIG, compute, rules)
+    params = place(parameters(CONFIG), model.axes(), mesh, rules)
+    with jax.set_mesh(mesh):
+        found = jax.block_until_ready(gradients(model, params, place_batch(mesh, rules)))
+    assert_same(found[0][0], expected[0][0])
+    assert_same(found[1], expected[1])
+
+
 @pytest.mark.parametrize("stacked", [True, False], ids=["scanned", "unrolled"])
-@pytest.mark.parametrize("sizes", [(1, 1, 2), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 2), (1, 2, 2), (1, 1, 2, 2)], ids=str)
 def test_sharded_decoding_equals_the_full_forward_alone(sizes, stacked):
     """Ragged prompts are prefilled, then three tokens are fed one by one."""
     mesh, rules = mesh_of(sizes), PRESETS["decode"]

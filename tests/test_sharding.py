@@ -31,8 +31,8 @@ def array(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    n_devices = data * fsdp * tensor
-    return make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, jax.devices()[:n_devices])
+    sizes = {"data": data, "fsdp": fsdp, "context": 1, "tensor": tensor}
+    return make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
 # mesh
@@ -208,11 +208,14 @@ def test_presets_know_every_axis():
             rules.spec((axis,))
 
 
-def test_presets_differ_in_the_embedding_axis_alone():
-    assert TRAIN.spec(("embed", "mlp")) == PartitionSpec("fsdp", "tensor")
+def test_decoding_leaves_weights_and_tokens_whole_and_splits_the_cache():
+    assert TRAIN.spec(("embed", "mlp")) == PartitionSpec(("fsdp", "context"), "tensor")
+    assert TRAIN.spec(("batch", "seq")) == PartitionSpec(("data", "fsdp"), "context")
     assert DECODE.spec(("embed", "mlp")) == PartitionSpec(None, "tensor")
     assert DECODE.spec(("batch", "seq")) == PartitionSpec(("data", "fsdp"), None)
-    assert TRAIN.replace(embed=None) == DECODE
+    assert DECODE.spec(("kv_heads", "kv_seq")) == PartitionSpec("tensor", "context")
+    whole = TRAIN.replace(embed=None, seq=None, residual_seq=None)
+    assert whole.replace(kv_seq="context") == DECODE
 
 
 # partition
@@ -227,8 +230,8 @@ def test_shardings_follow_the_rules():
         TRAIN,
     )
     assert placed == {
-        "q": NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor", None)),
-        "norm": NamedSharding(mesh, PartitionSpec("fsdp")),
+        "q": NamedSharding(mesh, PartitionSpec(None, ("fsdp", "context"), "tensor", None)),
+        "norm": NamedSharding(mesh, PartitionSpec(("fsdp", "context"))),
     }
     assert placed["q"].shard_shape((3, 8, 4, 2)) == (3, 4, 2, 2)
 
@@ -255,8 +258,8 @@ def test_shardings_of_optimizer_state():
     adam = placed["state"][1][0]
     assert adam.count.spec == PartitionSpec()
     for moments in (adam.mu, adam.nu):
-        assert moments["embed"].spec == PartitionSpec("tensor", "fsdp")
-        assert moments["layers"][1]["gate"].spec == PartitionSpec("fsdp", "tensor")
+        assert moments["embed"].spec == PartitionSpec("tensor", ("fsdp", "context"))
+        assert moments["layers"][1]["gate"].spec == PartitionSpec(("fsdp", "context"), "tensor")
 
 
 def test_shardings_place_arrays():

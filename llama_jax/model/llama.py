@@ -8,7 +8,7 @@ What differs between these uses is only which arguments are given: no cache (tra
 cache and T tokens (prefill), a cache and one token (decode), a cache and k tokens (verify).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ from llama_jax.model.attention.grouped_query import GroupedQueryAttention
 from llama_jax.model.cache import KVCache, LayerCache
 from llama_jax.model.feed_forward import FeedForward
 from llama_jax.model.ops.attend import Visibility
+from llama_jax.model.ops.kernels import Kernel, chosen
 from llama_jax.model.ops.norm import rms_norm
 from llama_jax.model.ops.product import Weight, product
 from llama_jax.model.ops.rope import rotations
@@ -30,6 +31,7 @@ from sharding.rules import Rules
 
 Params = dict[str, Any]
 Head = Literal["lm", "scalar", "none"]
+RESIDUAL = ("batch", "residual_seq", "act_embed")  # axes of the stream between blocks
 
 
 class Output(NamedTuple):
@@ -50,6 +52,7 @@ class Layer(nn.Module):
 
     config: ModelConfig
     rules: Rules | None
+    kernel: Kernel = "xla"
 
     @nn.compact
     def __call__(
@@ -66,12 +69,12 @@ class Layer(nn.Module):
         attention_norm = param(self, "attention_norm", ones, (D,), ("embed",))
         feed_forward_norm = param(self, "feed_forward_norm", ones, (D,), ("embed",))
 
-        y, cache = GroupedQueryAttention(*parts, name="attention")(
+        y, cache = GroupedQueryAttention(*parts, self.kernel, name="attention")(
             rms_norm(x_BTD, attention_norm, eps), rotation, visibility, cache
         )
-        x = constrain(x_BTD + y, ("batch", "seq", "act_embed"), self.rules)
+        x = constrain(x_BTD + y, RESIDUAL, self.rules)
         y = FeedForward(*parts, name="feed_forward")(rms_norm(x, feed_forward_norm, eps))
-        return constrain(x + y, ("batch", "seq", "act_embed"), self.rules), cache
+        return constrain(x + y, RESIDUAL, self.rules), cache
 
 
 @dataclass(frozen=True)
@@ -128,18 +131,20 @@ class Llama:
         cache: KVCache | None = None,
         head: Head = "lm",
         rows_B: jax.Array | None = None,
+        balanced: bool = False,
     ) -> Output:
         """The forward pass.
 
         positions rise along a row within a document. segments tell documents of a row apart; 0 is
         padding. With a cache the row is one document: segments only mark padding, which is not
         stored, and rows_B are the cache's rows that are meant (None: all of them, in order). Ids,
-        positions and rows must be in range: the host checks, since jax does not.
+        positions and rows must be in range: the host checks, since jax does not. `balanced` says
+        that the tokens of each row lie in the order of `balanced_order`, and so will the results.
 
         params["layers"] stacked is scanned; a tuple of layers (`unstack`) is unrolled, as the cache
         must then be.
         """
-        visibility = Visibility(positions_BT, segments_BT)
+        visibility = Visibility(positions_BT, segments_BT, balanced=balanced)
         slots_BT = positions_BT
         if cache is not None:
             visibility = Visibility(positions_BT, None, jnp.arange(cache.max_length)[None])
@@ -148,11 +153,18 @@ class Llama:
         cache_length = None if cache is None else cache.max_length
         rotation = rotations(self.config, positions_BT, segments_BT, cache_length)
 
+        model = self if cache is None else self._with_whole_rows()
         x = take(params["embed"], tokens_BT, self.compute.dtype)
-        x = constrain(x, ("batch", "seq", "act_embed"), self.rules)
-        x, cache = self._layers(params["layers"], x, rotation, visibility, cache, slots_BT, rows_B)
+        x = constrain(x, RESIDUAL, model.rules)
+        x, cache = model._layers(params["layers"], x, rotation, visibility, cache, slots_BT, rows_B)
         x = rms_norm(x, params["final_norm"], self.config.norm_eps)
-        return Output(self._head(params, x, head), cache, {})
+        return Output(model._head(params, x, head), cache, {})
+
+    def _with_whole_rows(self) -> "Llama":
+        """This model with rules that leave the tokens of a row together: a decoded token is one."""
+        if self.rules is None:
+            return self
+        return replace(self, rules=self.rules.replace(seq=None, residual_seq=None))
 
     def _layers(
         self,
@@ -164,7 +176,7 @@ class Llama:
         slots_BT: jax.Array,
         rows_B: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
-        layer = Layer(self.config, self.rules)
+        layer = Layer(self.config, self.rules, chosen(self.compute.attention))
 
         def block(
             x: jax.Array, weights: Any, layer_cache: LayerCache | None

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError, TrainConfig
 from llama_jax.model.llama import Llama
+from llama_jax.model.ops.kernels import chosen
 from llama_jax.train.optimizer import Optimizer, adamw
 from llama_jax.train.step import TrainState, init_state, lm_loss, make_step, state_axes
 from sharding.mesh import make_mesh
@@ -52,7 +53,10 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
         ConfigError: mesh, model and batch do not fit together or do not fit the devices.
     """
     rules = PRESETS[config.mesh.rules]
-    model = Llama(config.model, config.compute, rules)
+    platform = (devices or jax.devices())[0].platform
+    kernel = chosen(config.compute.attention, platform)
+    compute = config.compute.model_copy(update={"attention": kernel})
+    model = Llama(config.model, compute, rules)
     optimizer = adamw(config.optimizer, config.steps, model.axes())
     state = jax.eval_shape(lambda params: init_state(params, optimizer), model.shapes())
     rows, length = config.data.batch_size, config.data.sequence_length

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax.model.llama import Llama
+from llama_jax.model.ops.balance import balanced_order
 from llama_jax.model.ops.cross_entropy import cross_entropy
 from llama_jax.train.optimizer import Optimizer
+from sharding.constrain import parts
 
 Batch = dict[str, jax.Array]
 Scalars = dict[str, jax.Array]
@@ -59,8 +61,17 @@ def lm_loss(model: Llama, z_loss: float = 0.0) -> LossFn:
     """
 
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, Scalars]:
+        devices = parts("seq", model.rules)
+        if devices > 1:
+            order = balanced_order(batch["tokens"].shape[1], devices)
+            batch = {name: x[:, order] for name, x in batch.items()}
         hidden_BTD = model.apply(
-            params, batch["tokens"], batch["positions"], batch["segments"], head="none"
+            params,
+            batch["tokens"],
+            batch["positions"],
+            batch["segments"],
+            head="none",
+            balanced=devices > 1,
         ).value
         return cross_entropy(
             hidden_BTD,

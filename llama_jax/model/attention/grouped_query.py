@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llama_jax.config import ModelConfig
 from llama_jax.model.cache import LayerCache
 from llama_jax.model.ops.attend import Visibility, attend
+from llama_jax.model.ops.kernels import Kernel
 from llama_jax.model.ops.product import product
 from llama_jax.model.ops.rope import rotate
 from llama_jax.model.param import fan_in_normal, param
@@ -23,6 +24,7 @@ class GroupedQueryAttention(nn.Module):
 
     config: ModelConfig
     rules: Rules | None
+    kernel: Kernel = "xla"
 
     @nn.compact
     def __call__(
@@ -60,6 +62,7 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             cache = cache.write(k, v)
             k, v = cache.read(x_BTD.dtype)
-        attended = attend(q.astype(k.dtype), k, v, visibility).astype(x_BTD.dtype)
+        attended = attend(q.astype(k.dtype), k, v, visibility, self.kernel, self.rules)
+        attended = attended.astype(x_BTD.dtype)
         y = product("BTNH,NHD->BTD", attended, wo)
         return checkpoint_name(y, "attention_out"), cache

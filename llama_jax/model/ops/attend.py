@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llama_jax.model.ops.kernels import Kernel, fused
 from llama_jax.model.ops.product import product
+from sharding.constrain import constrain, parts
+from sharding.rules import Rules
 
 # Blocks of queries: 4 leave 5/8 of the work; more would save little, copy keys and compile longer.
 BLOCKS, SHORTEST_BLOCK = 4, 128
@@ -19,11 +22,13 @@ class Visibility(NamedTuple):
     segments: (B, T) documents of a row; 0 is padding, which sees only itself. None when every key
         belongs to the query's document.
     key_positions: (B or 1, S). None when the keys are the queries' own tokens, in the same order.
+    balanced: the tokens of a row lie in the order of `balanced_order`, not in their own.
     """
 
     positions: jax.Array
     segments: jax.Array | None = None
     key_positions: jax.Array | None = None
+    balanced: bool = False
 
     def mask(self) -> jax.Array:
         """(B, T, S) bool: the key is not later than the query and of the same document."""
@@ -35,19 +40,35 @@ class Visibility(NamedTuple):
 
 
 def attend(
-    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visibility: Visibility
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    visibility: Visibility,
+    kernel: Kernel = "xla",
+    rules: Rules | None = None,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v with N / K query heads per key head; (B, T, N, H).
 
     Scores and softmax are fp32. Every query must see at least one key (its own), which holds for
     padding too. Where the keys are the queries' own tokens, blocks of queries are computed against
-    the keys up to their end, which leaves out most of the scores that causality hides.
+    the keys up to their end, which leaves out most of the scores that causality hides; or a kernel
+    of `model.ops.kernels` does it all.
+
+    Where the rules split the tokens of a row over devices (context parallelism), queries stay where
+    they are and all keys come to them.
     """
+    is_split = visibility.key_positions is None and parts("seq", rules) > 1
+    if is_split:
+        whole = ("batch", "act_kv_heads", None, "head_dim")
+        k_BKSH, v_BKSH = constrain(k_BKSH, whole, rules), constrain(v_BKSH, whole, rules)
+    if kernel != "xla" and visibility.key_positions is None:
+        segments, balanced = visibility.segments, visibility.balanced
+        return fused(kernel, q_BTNH, k_BKSH, v_BKSH, segments, rules, balanced)
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     mask_BTS = visibility.mask()
-    if visibility.key_positions is not None:
+    if visibility.key_positions is not None or is_split:
         return _attend(q_BTKGH, k_BKSH, v_BKSH, mask_BTS).reshape(q_BTNH.shape)
     size = max(SHORTEST_BLOCK, -(-T // BLOCKS))
     blocks = []

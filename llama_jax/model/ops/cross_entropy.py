@@ -162,11 +162,14 @@ def _zero():
 
 
 def _cut(arrays, chunks):
-    """(B, T, ...) -> (chunks, B, T / chunks, ...), for each array."""
+    """(B, T, ...) -> (chunks, B, T / chunks, ...), for each array.
+
+    A chunk is every chunks-th token, so that devices that split T have a share of each of them.
+    """
 
     def cut(x):
         batch, length, *rest = x.shape
-        return jnp.moveaxis(x.reshape(batch, chunks, length // chunks, *rest), 1, 0)
+        return jnp.moveaxis(x.reshape(batch, length // chunks, chunks, *rest), 2, 0)
 
     return tuple(cut(x) for x in arrays)
 
@@ -174,4 +177,4 @@ def _cut(arrays, chunks):
 def _join(x):
     """(chunks, B, T / chunks, ...) -> (B, T, ...)."""
     chunks, batch, length, *rest = x.shape
-    return jnp.moveaxis(x, 0, 1).reshape(batch, chunks * length, *rest)
+    return jnp.moveaxis(x, 0, 2).reshape(batch, length * chunks, *rest)

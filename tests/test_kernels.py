@@ -1,0 +1,152 @@
+"""The accelerators' attention kernels, interpreted on a CPU: the reference's numbers and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.model.ops.attend import Visibility, attend
+from llama_jax.model.ops.balance import balanced_order
+from llama_jax.model.ops.kernels import chosen, fused
+from sharding.mesh import make_mesh
+from sharding.partition import shardings
+from sharding.rules import PRESETS
+
+RULES = PRESETS["train"]
+QUERIES = ("batch", "seq", "act_heads", None)
+KEYS = ("batch", "act_kv_heads", "seq", None)
+TOKENS = ("batch", "seq")
+
+
+def operands(B=2, T=256, N=4, K=2, H=64, documents=3):
+    """q, k, v, and for each token its segment and its position in it; the last tokens are padding."""
+    random = np.random.default_rng(0)
+    shapes = (B, T, N, H), (B, K, T, H), (B, K, T, H)
+    q, k, v = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes)
+    cuts = np.sort(random.choice(np.arange(1, T - 8), (B, documents - 1), replace=False), axis=1)
+    places = np.arange(T)
+    segments = np.array([np.searchsorted(row, places, side="right") + 1 for row in cuts])
+    segments[:, T - 8 :] = 0
+    starts = np.array([[np.argmax(row == one) for one in row] for row in segments])
+    return q, k, v, jnp.asarray(segments, jnp.int32), jnp.asarray(places - starts, jnp.int32)
+
+
+def value_and_gradients(function, q, k, v, real):
+    """The result where it matters, and the gradients of a sum of it with weights of its own."""
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+
+    def total(q, k, v):
+        y = function(q, k, v) * real[..., None, None]
+        return jnp.sum(y * weights), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    return y, *gradients
+
+
+def assert_close(found, wanted):
+    for name, one, other in zip(("y", "dq", "dk", "dv"), found, wanted, strict=True):
+        difference = float(jnp.max(jnp.abs(one - other)))
+        assert difference < 2e-5 * max(1, float(jnp.max(jnp.abs(other)))), (name, difference)
+
+
+@functools.cache
+def wanted(**sizes):
+    q, k, v, segments, positions = operands(**sizes)
+    reference = functools.partial(attend, visibility=Visibility(positions, segments))
+    return value_and_gradients(reference, q, k, v, segments > 0)
+
+
+@pytest.mark.parametrize("kernel", ["splash", "flash"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({}, id="grouped"),
+        pytest.param({"K": 4}, id="multi-head"),
+        pytest.param({"K": 1}, id="multi-query"),
+        pytest.param({"T": 200}, id="a length between blocks"),
+        pytest.param({"H": 128, "T": 128, "documents": 1}, id="wide heads"),
+    ],
+)
+def test_a_kernel_gives_the_numbers_and_gradients_of_the_reference(kernel, sizes):
+    q, k, v, segments, _ = operands(**sizes)
+
+    def function(q, k, v):
+        return fused(kernel, q, k, v, segments, interpret=True)
+
+    assert_close(value_and_gradients(function, q, k, v, segments > 0), wanted(**sizes))
+
+
+@pytest.mark.parametrize("kernel", ["splash", "flash"])
+def test_without_segments_a_row_is_one_document(kernel):
+    q, k, v, _, _ = operands()
+    positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    reference = attend(q, k, v, Visibility(positions))
+    found = jax.jit(lambda: fused(kernel, q, k, v, None, interpret=True))()
+    np.testing.assert_allclose(found, reference, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mesh_sizes", "balanced"),
+    [
+        ("splash", {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}, False),
+        ("flash", {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}, False),
+        ("splash", {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}, False),
+        ("splash", {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}, True),
+        ("xla", {"data": 1, "fsdp": 2, "context": 2, "tensor": 1}, False),
+        ("xla", {"data": 1, "fsdp": 1, "context": 4, "tensor": 1}, True),
+    ],
+)
+def test_on_a_mesh_every_device_computes_its_part(kernel, mesh_sizes, balanced):
+    sizes = {"T": 512}
+    q, k, v, segments, positions = operands(**sizes)
+    mesh = make_mesh(mesh_sizes, jax.devices()[:4])
+    order = balanced_order(512, mesh_sizes["context"]) if balanced else np.arange(512)
+    natural = np.argsort(order)
+
+    def function(q, k, v):
+        q, k, v = q[:, order], k[:, :, order], v[:, :, order]
+        if kernel == "xla":
+            visibility = Visibility(positions[:, order], segments[:, order], balanced=balanced)
+            y = attend(q, k, v, visibility, "xla", RULES)
+        else:
+            y = fused(kernel, q, k, v, segments[:, order], RULES, balanced, interpret=True)
+        return y[:, natural]
+
+    places = shardings((q, k, v), (QUERIES, KEYS, KEYS), mesh, RULES)
+    with jax.set_mesh(mesh):
+        found = value_and_gradients(
+            function, *jax.device_put((q, k, v), places), np.asarray(segments) > 0
+        )
+    assert_close(found, wanted(**sizes))
+
+
+def test_a_kernel_that_cannot_split_the_tokens_says_so():
+    q, k, v, segments, _ = operands(T=256)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 2, "tensor": 1}, jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        with pytest.raises(ValueError, match="multiple of 512"):
+            fused("splash", q, k, v, segments, RULES, interpret=True)
+        with pytest.raises(ValueError, match="mesh.context 1"):
+            fused("flash", q, k, v, segments, RULES, interpret=True)
+
+
+def test_auto_is_the_kernel_of_the_platform():
+    assert [chosen("auto", name) for name in ("tpu", "gpu", "cuda", "cpu")] == [
+        *("splash", "flash", "flash", "xla")
+    ]
+    assert chosen("xla", "tpu") == "xla"
+
+
+def test_a_balanced_order_gives_every_device_the_same_work():
+    for devices in (1, 2, 4, 8):
+        order = balanced_order(64, devices)
+        assert sorted(order) == list(range(64))
+        work = (order + 1).reshape(devices, -1).sum(axis=1)  # keys that its queries see
+        assert len(set(work.tolist())) == 1
+
+
+def test_a_row_that_cannot_be_balanced_is_refused():
+    with pytest.raises(ValueError, match=r"multiple of 2 x mesh.context \(8\)"):
+        balanced_order(12, 4)
