@@ -26,6 +26,7 @@ KINDS = (
     "collective-broadcast",
     "collective-permute",
 )
+BETWEEN = " between slices"
 BITS = {"pred": 8, "token": 0}  # all other types end with, or begin with, their number of bits
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+)(?: \(.*)?\{$")
@@ -54,7 +55,8 @@ class Program(NamedTuple):
 class Collective(NamedTuple):
     """One collective of a program.
 
-    kind: all-gather, ...; `send` is a transfer between slices, over the data-centre network.
+    kind: all-gather, ...; those that a TPU's runtime does for the program over the data-centre
+        network are called `all-gather between slices`, ....
     axes: the mesh axes along which its groups lie; none if they could not be read.
     group: partition numbers of the first group (positions in `mesh.devices.flat`).
     payload: bytes of the result of one execution on a device.
@@ -297,8 +299,9 @@ def _kind(instruction: Instruction) -> str | None:
     if base in KINDS:
         # An asynchronous wrapper whose computation is written out: the collective is in there.
         return None if "calls=" in instruction.rest else base
-    if opcode == "send" and "megascale" in instruction.rest:
-        return "send"
+    transfer = re.search(r'megascale_transfer_type="(\w+)"', instruction.rest)
+    if opcode == "send" and transfer:
+        return transfer[1].lower().replace("_", "-") + BETWEEN
     return None
 
 
@@ -312,7 +315,13 @@ def _collective(
     members, moved = _members(instruction.rest, math.prod(mesh_sizes.values()))
     payload = _payload(instruction, kind)
     group = max(len(members), 1)
+    if kind.endswith(BETWEEN):
+        group = _slices(instruction.rest)
     match kind:
+        case "all-gather between slices":  # here the payload is what a device gives
+            wire = float(payload * (group - 1))
+        case "all-reduce between slices":
+            wire = 2 * payload * (group - 1) / group
         case "all-gather" | "all-to-all" | "ragged-all-to-all":
             wire = payload * (group - 1) / group
         case "reduce-scatter":
@@ -321,8 +330,8 @@ def _collective(
             # A reduce-scatter and an all-gather; a TPU's fused form keeps only the first.
             halves = 1 if computation.startswith("all-reduce-scatter") else 2
             wire = halves * payload * (group - 1) / group
-        case _:  # permutes, broadcasts, sends: as it is
-            wire = float(payload) if group > 1 or kind == "send" else 0.0
+        case _:  # permutations, broadcasts, from one slice to another: as it is
+            wire = float(payload) if group > 1 else 0.0
     name = re.search(r'op_name="([^"]*)"', instruction.rest)
     axes = _axes(moved, mesh_sizes)
     return Collective(kind, axes, members, payload, count, wire, name[1] if name else "")
@@ -331,7 +340,7 @@ def _collective(
 def _payload(instruction: Instruction, kind: str) -> int:
     """Bytes of the result: of a start's tuple, which has operands and results, the results."""
     parts = elements(instruction.shape)
-    if kind == "send":
+    if kind.endswith(BETWEEN):
         return shape_bytes(parts[0])  # the rest is context
     is_start = instruction.opcode.endswith("-start")
     if is_start and kind != "all-reduce" and len(parts) > 1:
@@ -366,6 +375,13 @@ def _members(rest: str, devices: int) -> tuple[tuple[int, ...], Sequence[Sequenc
         group = tuple(range(devices))
         return group, [group]
     return (), []
+
+
+def _slices(rest: str) -> int:
+    """How many slices take part: `megascale_target="{1,2}x{0:3}"` is two."""
+    target = re.search(r'megascale_target="\{([\d,:]+)\}', rest)
+    ranges = [part.split(":") for part in target[1].split(",")] if target else [["0", "1"]]
+    return sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
 
 
 def _ring(pairs: Sequence[Sequence[int]]) -> tuple[int, ...]:

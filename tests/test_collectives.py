@@ -193,15 +193,20 @@ def test_a_tpus_fused_reduce_scatter():
     assert one.wire_bytes == 16  # an all-reduce of its own sends 32
 
 
-def test_transfers_between_slices():
+@pytest.mark.parametrize(
+    ("kind", "slices", "sent"),
+    [("ALL_REDUCE", "{1,2}", 32), ("ALL_REDUCE", "{1:4}", 48), ("ALL_GATHER", "{1:4}", 96)],
+)
+def test_transfers_between_slices(kind, slices, sent):
     hlo = module(
         "%s = (f32[8]{0}, u32[], token[]) send(%p, %t), channel_id=3, is_host_transfer=true, "
         'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
-        'megascale_transfer_type="ALL_REDUCE"}',
-        "%d = token[] send-done(%s), channel_id=3, is_host_transfer=true",
+        f'_xla_megascale_target="{slices}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}',
+        "%d = (f32[8]{0}, token[]) send-done(%s), channel_id=3, is_host_transfer=true",
     )
     one = only(hlo)
-    assert (one.kind, one.wire_bytes, one.group) == ("send", 32, ())
+    name = kind.lower().replace("_", "-") + " between slices"
+    assert (one.kind, one.wire_bytes, one.group) == (name, sent, ())
 
 
 def loop(condition: str, step: str, config: str = "") -> str:

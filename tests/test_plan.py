@@ -205,7 +205,7 @@ def test_traffic_is_told_apart_by_the_network_it_crosses():
     topology = Topology(parse_topology("v5e:4x4").chip, (4, 4), slices=2)
     inside = Collective("all-gather", ("fsdp",), (0, 1, 2, 3), 0, 2, 100.0, "")
     across = Collective("all-reduce", ("data",), (0, 4), 0, 1, 30.0, "")
-    sent = Collective("send", (), (), 0, 3, 10.0, "")
+    sent = Collective("all-reduce between slices", (), (), 0, 3, 10.0, "")
     found = wire([inside, across, sent], topology, devices)
     assert found == (200, 60, 200 / 50e9, 60 / topology.chip.network)
 
