@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.collectives import collectives, elements, executions, read, shape_bytes, totals
+from sharding.collectives import collectives, totals
+from sharding.hlo import elements, executions, read, shape_bytes
 from sharding.mesh import make_mesh
 
 SIZES = {"data": 2, "tensor": 2}
