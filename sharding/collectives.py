@@ -118,8 +118,7 @@ def _kind(instruction: Instruction) -> str | None:
         return None
     base = opcode.removesuffix("-start")
     if base in KINDS:
-        # An asynchronous wrapper whose computation is written out: the collective is in there.
-        return None if "calls=" in instruction.rest else base
+        return base
     transfer = re.search(r'megascale_transfer_type="(\w+)"', instruction.rest)
     if opcode == "send" and transfer:
         return transfer[1].lower().replace("_", "-") + BETWEEN

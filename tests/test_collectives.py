@@ -157,12 +157,13 @@ def test_a_start_counts_once_and_its_done_not_at_all(line, kind, payload):
     assert (one.kind, one.payload) == (kind, payload)
 
 
-def test_an_asynchronous_wrapper_counts_what_it_calls():
+@pytest.mark.parametrize("opcode", ["async-start", "reduce-scatter-start"])
+def test_an_asynchronous_wrapper_counts_what_it_calls(opcode):
     wrapped = (
         "%wrapped (p: f32[8]) -> f32[4] {\n"
         "  ROOT %r = f32[4]{0} reduce-scatter(%p), channel_id=1, replica_groups={{0,1},{2,3}}\n}\n"
     )
-    start = "%s = ((f32[8]{0}), f32[4]{0}) async-start(%p), calls=%wrapped"
+    start = f"%s = ((f32[8]{{0}}), f32[4]{{0}}) {opcode}(%p), calls=%wrapped"
     one = only(module(start, "ROOT %d = f32[4]{0} async-done(%s)", others=wrapped))
     assert (one.kind, one.executions, one.wire_bytes) == ("reduce-scatter", 1, 16)
 
@@ -247,6 +248,7 @@ TWO = "  %half = s32[]{:T(128)} add(%j, %one)\n  %next = s32[]{:T(128)} add(%hal
         ("compare(%i, %limit), direction=LT", TWO, "", 6),  # unrolled by the compiler
         ("and(%i, %limit)", ONE, "", 1),  # its length is data
         ("compare(%i, %limit), direction=EQ", ONE, "", 1),
+        ("compare(%limit, %i), direction=NE", ONE, "", 1),
         ("and(%i, %i)", ONE, ', backend_config={"known_trip_count":{"n":"9"}}', 9),
     ],
 )

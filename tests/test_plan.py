@@ -244,6 +244,7 @@ def test_a_decoder_is_bound_by_its_weights_and_cache():
     assert record["memory_by_kind"]["cache"] == values * 2 // 4
     assert record["mesh"]["tensor"] == 4
     assert record["budget"] is None
+    assert record["executed_flops_per_chip"] == record["model_flops_per_chip"]
     seconds = record["seconds"]["memory"] * record["chip"]["memory_bandwidth"]
     kinds = record["memory_by_kind"]
     assert seconds == pytest.approx(kinds["parameters"] + kinds["cache"])
