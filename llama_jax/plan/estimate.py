@@ -247,7 +247,7 @@ def _speed(config: PlanConfig, topology: Topology, times: Times, executed: float
     if config.decode:
         tokens = config.batch
         # One token that sees every slot: twice the causal half of a row of so many.
-        model = tokens * forward_flops_per_token(config.model, length)
+        model = tokens * forward_flops_per_token(config.model, 2 * length)
     else:
         tokens = config.data.batch_size * length
         model = tokens * flops_per_token(config.model, length)
