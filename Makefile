@@ -1,8 +1,11 @@
 # Needs python3 (>= 3.11) and make; everything else goes into .venv from pinned, hashed versions.
 PYTHON ?= python3
 BIN := .venv/bin
-# Torch and transformers are references only: never in the lock, never needed by `make test`.
-REFERENCES ?= torch==2.13.0 transformers==5.23.0
+# Torch and transformers are references only: never in the lock, never needed by `make test`. libtpu
+# is the compiler for TPUs, in the version that the locked jax was made for.
+REFERENCES ?= torch==2.13.0 transformers==5.23.0 \
+	"libtpu==0.0.42.1 ; python_version < '3.12' and sys_platform == 'linux'" \
+	"libtpu==0.0.50.1 ; python_version >= '3.12' and sys_platform == 'linux'"
 # Built from source (minutes, a C++ compiler); without it the tests against llama.cpp are skipped.
 LLAMA_CPP ?= llama-cpp-python==0.3.36
 

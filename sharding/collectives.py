@@ -12,10 +12,12 @@ counts is what one device does in one run of the program, loops unrolled:
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from sharding.hlo import Instruction, elements, executions, read, shape_bytes
 
 KINDS = (
     "all-gather",
@@ -26,35 +28,14 @@ KINDS = (
     "collective-broadcast",
     "collective-permute",
 )
-BITS = {"pred": 8, "token": 0}  # all other types end with, or begin with, their number of bits
-
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+)(?: \(.*)?\{$")
-_INSTRUCTION = re.compile(r"(ROOT )?%?([\w.\-]+) = ")
-_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
-
-
-class Instruction(NamedTuple):
-    """One line of HLO: `%name = shape opcode(rest`."""
-
-    name: str
-    shape: str
-    opcode: str
-    rest: str
-    is_root: bool
-
-
-class Program(NamedTuple):
-    """The computations of a module by name, and which of them it starts with."""
-
-    computations: dict[str, list[Instruction]]
-    entry: str
+BETWEEN = " between slices"
 
 
 class Collective(NamedTuple):
     """One collective of a program.
 
-    kind: all-gather, ...; `send` is a transfer between slices, over the data-centre network.
+    kind: all-gather, ...; those that a TPU's runtime does for the program over the data-centre
+        network are called `all-gather between slices`, ....
     axes: the mesh axes along which its groups lie; none if they could not be read.
     group: partition numbers of the first group (positions in `mesh.devices.flat`).
     payload: bytes of the result of one execution on a device.
@@ -128,164 +109,6 @@ def collectives(hlo: str, mesh_sizes: Mapping[str, int]) -> list[Collective]:
     return list(found.values())
 
 
-# Text -> instructions -----------------------------------------------------------------------------
-
-
-def read(hlo: str) -> Program:
-    """The instructions of an HLO module's text."""
-    computations: dict[str, list[Instruction]] = {}
-    entry, current = "", None
-    for line in hlo.splitlines():
-        header = _COMPUTATION.match(line) if line[:1] not in (" ", "") else None
-        if header and not line.startswith("HloModule"):
-            current = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif current is not None and (match := _INSTRUCTION.match(line.strip())):
-            shape, rest = _split_shape(line.strip()[match.end() :])
-            opcode, _, operands = rest.partition("(")
-            current.append(Instruction(match[2], shape, opcode.strip(), operands, bool(match[1])))
-    return Program(computations, entry)
-
-
-def _split_shape(text: str) -> tuple[str, str]:
-    """`(f32[2]{0}, u32[]) add-start(...)` -> the shape, and what follows it."""
-    if not text.startswith("("):
-        shape, _, rest = text.partition(" ")
-        return shape, rest
-    end = _closing(text, 0)
-    return text[: end + 1], text[end + 1 :].lstrip()
-
-
-def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
-    depth = 0
-    for position in range(start, len(text)):
-        depth += text[position] in "([{"
-        depth -= text[position] in ")]}"
-        if not depth:
-            return position
-    return len(text) - 1
-
-
-def elements(shape: str) -> list[str]:
-    """The parts of a tuple's shape; a shape that is no tuple is its own only part."""
-    if not shape.startswith("("):
-        return [shape]
-    parts, depth, start = [], 0, 1
-    for position, letter in enumerate(shape):
-        depth += letter in "([{"
-        depth -= letter in ")]}"
-        if (letter == "," and depth == 1) or depth == 0:
-            parts.append(shape[start:position].strip())
-            start = position + 1
-        if depth == 0:
-            break
-    return [part for part in parts if part]
-
-
-def shape_bytes(shape: str) -> int:
-    """Bytes of an array, or of all arrays of a tuple."""
-    bits = sum(_bits(kind) * _size(dims) for kind, dims in _ARRAY.findall(shape))
-    return math.ceil(bits / 8)
-
-
-def _bits(kind: str) -> int:
-    return BITS[kind] if kind in BITS else int(re.findall(r"\d+", kind)[0])
-
-
-def _size(dims: str) -> int:
-    return math.prod(int(size) for size in dims.split(",") if size)
-
-
-# How often ----------------------------------------------------------------------------------------
-
-
-def executions(program: Program) -> tuple[dict[str, int], dict[str, int]]:
-    """How often each computation runs: loops unrolled, and without the loops of windowed products.
-
-    A windowed product is XLA's own loop over parts of one matrix product.
-    """
-    counts: dict[str, int] = {}
-    windows: dict[str, int] = {}
-
-    def visit(name: str, count: int, window: int) -> None:
-        counts[name] = counts.get(name, 0) + count
-        windows[name] = windows.get(name, 0) + window
-        for instruction in program.computations.get(name, ()):
-            if instruction.opcode == "while":
-                condition, body = _loop(instruction.rest)
-                trips = _trips(program, instruction.rest, condition, body)
-                is_window = "windowed_dot_general" in body
-                visit(body, count * trips, window * (1 if is_window else trips))
-            else:
-                for called in _called(instruction.rest):
-                    visit(called, count, window)
-
-    visit(program.entry, 1, 1)
-    return counts, windows
-
-
-def _loop(rest: str) -> tuple[str, str]:
-    condition = re.search(r"condition=%?([\w.\-]+)", rest)
-    body = re.search(r"body=%?([\w.\-]+)", rest)
-    assert condition, rest  # a while has both
-    assert body, rest
-    return condition[1], body[1]
-
-
-def _called(rest: str) -> Iterator[str]:
-    for match in _CALLED.finditer(rest):
-        yield from re.findall(r"%?([\w.\-]+)", match[1])
-
-
-def _trips(program: Program, rest: str, condition: str, body: str) -> int:
-    """Passes of a loop that counts up from 0 to a constant; 1 where its length is data."""
-    known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', rest)
-    if known:
-        return int(known[1])
-    found = _limit({one.name: one for one in program.computations[condition]})
-    if found is None:
-        return 1
-    index, limit = found
-    step = _step({one.name: one for one in program.computations[body]}, index)
-    return max(math.ceil(limit / step), 0)
-
-
-def _limit(instructions: Mapping[str, Instruction]) -> tuple[int, int] | None:
-    """Of a condition `i < constant`: which part of the loop's tuple i is, and the constant."""
-    root = next(one for one in instructions.values() if one.is_root)
-    direction = re.search(r"direction=(\w+)", root.rest)
-    operands = [instructions[name] for name in _operands(root.rest) if name in instructions]
-    if root.opcode != "compare" or not direction or len(operands) != 2:
-        return None
-    counter, limit = operands if direction[1] == "LT" else reversed(operands)
-    index = re.search(r"index=(\d+)", counter.rest)
-    if direction[1] not in ("LT", "GT") or limit.opcode != "constant" or not index:
-        return None
-    return int(index[1]), _constant(limit)
-
-
-def _step(instructions: Mapping[str, Instruction], index: int) -> int:
-    """By how much a loop's body raises its counter: an unrolled one by more than 1."""
-    root = next(one for one in instructions.values() if one.is_root)
-    at = instructions.get(_operands(root.rest)[index])
-    step = 0
-    while at and at.opcode in ("add", "copy"):
-        terms = [instructions[name] for name in _operands(at.rest) if name in instructions]
-        step += sum(_constant(term) for term in terms if term.opcode == "constant")
-        at = next((term for term in terms if term.opcode != "constant"), None)
-    return max(step, 1)
-
-
-def _constant(instruction: Instruction) -> int:
-    return int(instruction.rest.partition(")")[0])
-
-
-def _operands(rest: str) -> list[str]:
-    """Names of the operands of an instruction, whose opening bracket has been read."""
-    return [re.findall(r"[\w.\-]+", operand)[-1] for operand in elements("(" + rest)]
-
-
 # What it moves ------------------------------------------------------------------------------------
 
 
@@ -295,10 +118,10 @@ def _kind(instruction: Instruction) -> str | None:
         return None
     base = opcode.removesuffix("-start")
     if base in KINDS:
-        # An asynchronous wrapper whose computation is written out: the collective is in there.
-        return None if "calls=" in instruction.rest else base
-    if opcode == "send" and "megascale" in instruction.rest:
-        return "send"
+        return base
+    transfer = re.search(r'megascale_transfer_type="(\w+)"', instruction.rest)
+    if opcode == "send" and transfer:
+        return transfer[1].lower().replace("_", "-") + BETWEEN
     return None
 
 
@@ -312,7 +135,13 @@ def _collective(
     members, moved = _members(instruction.rest, math.prod(mesh_sizes.values()))
     payload = _payload(instruction, kind)
     group = max(len(members), 1)
+    if kind.endswith(BETWEEN):
+        group = _slices(instruction.rest)
     match kind:
+        case "all-gather between slices":  # here the payload is what a device gives
+            wire = float(payload * (group - 1))
+        case "all-reduce between slices":
+            wire = 2 * payload * (group - 1) / group
         case "all-gather" | "all-to-all" | "ragged-all-to-all":
             wire = payload * (group - 1) / group
         case "reduce-scatter":
@@ -321,8 +150,8 @@ def _collective(
             # A reduce-scatter and an all-gather; a TPU's fused form keeps only the first.
             halves = 1 if computation.startswith("all-reduce-scatter") else 2
             wire = halves * payload * (group - 1) / group
-        case _:  # permutes, broadcasts, sends: as it is
-            wire = float(payload) if group > 1 or kind == "send" else 0.0
+        case _:  # permutations, broadcasts, from one slice to another: as it is
+            wire = float(payload) if group > 1 else 0.0
     name = re.search(r'op_name="([^"]*)"', instruction.rest)
     axes = _axes(moved, mesh_sizes)
     return Collective(kind, axes, members, payload, count, wire, name[1] if name else "")
@@ -331,7 +160,7 @@ def _collective(
 def _payload(instruction: Instruction, kind: str) -> int:
     """Bytes of the result: of a start's tuple, which has operands and results, the results."""
     parts = elements(instruction.shape)
-    if kind == "send":
+    if kind.endswith(BETWEEN):
         return shape_bytes(parts[0])  # the rest is context
     is_start = instruction.opcode.endswith("-start")
     if is_start and kind != "all-reduce" and len(parts) > 1:
@@ -366,6 +195,13 @@ def _members(rest: str, devices: int) -> tuple[tuple[int, ...], Sequence[Sequenc
         group = tuple(range(devices))
         return group, [group]
     return (), []
+
+
+def _slices(rest: str) -> int:
+    """How many slices take part: `megascale_target="{1,2}x{0:3}"` is two."""
+    target = re.search(r'megascale_target="\{([\d,:]+)\}', rest)
+    ranges = [part.split(":") for part in target[1].split(",")] if target else [["0", "1"]]
+    return sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
 
 
 def _ring(pairs: Sequence[Sequence[int]]) -> tuple[int, ...]:

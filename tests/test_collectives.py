@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.collectives import collectives, elements, executions, read, shape_bytes, totals
+from sharding.collectives import collectives, totals
+from sharding.hlo import elements, executions, read, shape_bytes
 from sharding.mesh import make_mesh
 
 SIZES = {"data": 2, "tensor": 2}
@@ -156,12 +157,13 @@ def test_a_start_counts_once_and_its_done_not_at_all(line, kind, payload):
     assert (one.kind, one.payload) == (kind, payload)
 
 
-def test_an_asynchronous_wrapper_counts_what_it_calls():
+@pytest.mark.parametrize("opcode", ["async-start", "reduce-scatter-start"])
+def test_an_asynchronous_wrapper_counts_what_it_calls(opcode):
     wrapped = (
         "%wrapped (p: f32[8]) -> f32[4] {\n"
         "  ROOT %r = f32[4]{0} reduce-scatter(%p), channel_id=1, replica_groups={{0,1},{2,3}}\n}\n"
     )
-    start = "%s = ((f32[8]{0}), f32[4]{0}) async-start(%p), calls=%wrapped"
+    start = f"%s = ((f32[8]{{0}}), f32[4]{{0}}) {opcode}(%p), calls=%wrapped"
     one = only(module(start, "ROOT %d = f32[4]{0} async-done(%s)", others=wrapped))
     assert (one.kind, one.executions, one.wire_bytes) == ("reduce-scatter", 1, 16)
 
@@ -193,15 +195,20 @@ def test_a_tpus_fused_reduce_scatter():
     assert one.wire_bytes == 16  # an all-reduce of its own sends 32
 
 
-def test_transfers_between_slices():
+@pytest.mark.parametrize(
+    ("kind", "slices", "sent"),
+    [("ALL_REDUCE", "{1,2}", 32), ("ALL_REDUCE", "{1:4}", 48), ("ALL_GATHER", "{1:4}", 96)],
+)
+def test_transfers_between_slices(kind, slices, sent):
     hlo = module(
         "%s = (f32[8]{0}, u32[], token[]) send(%p, %t), channel_id=3, is_host_transfer=true, "
         'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
-        'megascale_transfer_type="ALL_REDUCE"}',
-        "%d = token[] send-done(%s), channel_id=3, is_host_transfer=true",
+        f'_xla_megascale_target="{slices}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}',
+        "%d = (f32[8]{0}, token[]) send-done(%s), channel_id=3, is_host_transfer=true",
     )
     one = only(hlo)
-    assert (one.kind, one.wire_bytes, one.group) == ("send", 32, ())
+    name = kind.lower().replace("_", "-") + " between slices"
+    assert (one.kind, one.wire_bytes, one.group) == (name, sent, ())
 
 
 def loop(condition: str, step: str, config: str = "") -> str:
@@ -241,6 +248,7 @@ TWO = "  %half = s32[]{:T(128)} add(%j, %one)\n  %next = s32[]{:T(128)} add(%hal
         ("compare(%i, %limit), direction=LT", TWO, "", 6),  # unrolled by the compiler
         ("and(%i, %limit)", ONE, "", 1),  # its length is data
         ("compare(%i, %limit), direction=EQ", ONE, "", 1),
+        ("compare(%limit, %i), direction=NE", ONE, "", 1),
         ("and(%i, %i)", ONE, ', backend_config={"known_trip_count":{"n":"9"}}', 9),
     ],
 )

@@ -23,6 +23,7 @@ from llama_jax.plan.flops import executed_flops
 from llama_jax.plan.hardware import CHIPS, GIB, Topology, parse_topology, sold_name
 from llama_jax.plan.memory import training_memory
 from llama_jax.plan.programs import decoding_mesh, training_jaxpr, training_step
+from llama_jax.plan.report import print_plan
 from llama_jax.plan.roofline import Times, wire
 from llama_jax.plan.search import search
 from llama_jax.plan.settings import PlanConfig
@@ -205,7 +206,7 @@ def test_traffic_is_told_apart_by_the_network_it_crosses():
     topology = Topology(parse_topology("v5e:4x4").chip, (4, 4), slices=2)
     inside = Collective("all-gather", ("fsdp",), (0, 1, 2, 3), 0, 2, 100.0, "")
     across = Collective("all-reduce", ("data",), (0, 4), 0, 1, 30.0, "")
-    sent = Collective("send", (), (), 0, 3, 10.0, "")
+    sent = Collective("all-reduce between slices", (), (), 0, 3, 10.0, "")
     found = wire([inside, across, sent], topology, devices)
     assert found == (200, 60, 200 / 50e9, 60 / topology.chip.network)
 
@@ -243,6 +244,7 @@ def test_a_decoder_is_bound_by_its_weights_and_cache():
     assert record["memory_by_kind"]["cache"] == values * 2 // 4
     assert record["mesh"]["tensor"] == 4
     assert record["budget"] is None
+    assert record["executed_flops_per_chip"] == record["model_flops_per_chip"]
     seconds = record["seconds"]["memory"] * record["chip"]["memory_bandwidth"]
     kinds = record["memory_by_kind"]
     assert seconds == pytest.approx(kinds["parameters"] + kinds["cache"])
@@ -265,6 +267,10 @@ def test_what_does_not_fit_names_tensors_and_remedies(capsys):
     )
     assert "accumulate" in largest[0]["remedy"]
     assert "layer" in largest[0]["name"]
+    print_plan(record)
+    printed = capsys.readouterr().out
+    assert "does not fit" in printed
+    assert largest[0]["name"][:20] in printed
 
 
 def test_without_the_compiler_there_is_half_a_plan(monkeypatch):
@@ -303,7 +309,7 @@ def test_search_ranks_what_fits():
         search(make_config(decode=True), parse_topology("v5e:2x2"))
 
 
-def test_nothing_fits_a_chip_that_is_too_small(capsys):
+def test_nothing_fits_a_chip_that_is_too_small():
     config = make_config(model="llama3.1_405b", data={"batch_size": 8, "sequence_length": 4096})
     assert search(config, parse_topology("v5e:2x2")) == []
 
@@ -453,7 +459,7 @@ def test_a_decoding_step_compiles_for_a_slice():
 
 @needs_libtpu
 @pytest.mark.parity
-def test_what_the_compiler_cannot_fit_is_told(capsys):
+def test_what_the_compiler_cannot_fit_is_told():
     config = make_config(
         model={"d_model": 4096, "d_ff": 16384, "n_layers": 24, "d_head": 1024},
         data={"batch_size": 4},

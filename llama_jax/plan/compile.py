@@ -28,7 +28,6 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-JAX_NAMES = {"v5e": "v5e", "v5p": "v5p", "v4": "v4", "v6e": "v6e", "tpu7x": "tpu7x"}
 
 # What XLA's GPU compiler wants to know of a card it does not see: (name, cores, bytes of memory,
 # bytes/s). The rest is that of every Hopper card.

@@ -3,7 +3,7 @@
 import math
 import resource
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_jax.config import ConfigError, MeshConfig
 from llama_jax.model.count import flops_per_token, forward_flops_per_token, n_parameters
@@ -20,7 +20,6 @@ from llama_jax.plan.flops import executed_flops
 from llama_jax.plan.hardware import Topology, sold_name
 from llama_jax.plan.memory import MASTER, Memory, decoding_memory, training_memory
 from llama_jax.plan.programs import (
-    Step,
     decoding_jaxpr,
     decoding_mesh,
     decoding_step,
@@ -44,6 +43,20 @@ MOST_TENSORS = 8
 DAY = 24 * 3600
 
 
+class Reading(NamedTuple):
+    """What the program of a step says.
+
+    executed: FLOPs of all devices.
+    compiled: None where it was not compiled.
+    traffic, sent: empty and None where it was not compiled, or does not fit.
+    """
+
+    executed: float
+    compiled: Compiled | OutOfMemory | None = None
+    traffic: Sequence[Collective] = ()
+    sent: Wire | None = None
+
+
 def estimate(config: PlanConfig, topology: Topology, compiled: bool = True) -> Record:
     """The plan of one configuration.
 
@@ -62,38 +75,48 @@ def estimate(config: PlanConfig, topology: Topology, compiled: bool = True) -> R
     else:
         _check_rows(config, sizes)
         memory = training_memory(config, sizes)
-    notes = []
-    found: Compiled | OutOfMemory | None = None
-    executed, sent, traffic = 0.0, Wire(0, 0, 0, 0), list[Collective]()
     missing = missing_compiler(topology)
-    if compiled and missing:
-        notes.append(f"{missing}; memory and traffic are closed forms")
-    if compiled and not missing:
-        if not topology.chip.is_gpu and (warning := mismatched_compiler()):
-            notes.append(warning)
-        step = _step(config, topology)
-        traced = trace(step.function, step.mesh, *step.arguments)
-        executed = executed_flops(traced.jaxpr)
-        found = compile_step(traced)
-        if isinstance(found, Compiled):
-            traffic = collectives(found.hlo, step.mesh.shape)
-            sent = wire(traffic, topology, step.mesh.devices.ravel().tolist())
-    else:
-        one_row = decoding_jaxpr(config) if config.decode else training_jaxpr(config)
-        executed = executed_flops(one_row) * _rows(config)
-    if not isinstance(found, Compiled):
-        sent = _closed_wire(config, sizes, memory, topology)
-    times = _times(config, sizes, memory, topology, executed, sent)
+    reading = _traced(config) if missing or not compiled else _compiled(config, topology)
+    sent = reading.sent or _closed_wire(config, sizes, memory, topology)
+    times = _times(config, sizes, memory, topology, reading.executed, sent)
     return {
         **_machine(topology, sizes, config),
-        **_memory(memory, found, topology),
-        **_traffic(sent, traffic, found),
-        **_speed(config, topology, times, executed),
-        "compile_seconds": round(found.seconds, 1) if found else None,
+        **_memory(memory, reading.compiled, topology),
+        **_traffic(sent, reading),
+        **_speed(config, topology, times, reading.executed),
+        "compile_seconds": round(reading.compiled.seconds, 1) if reading.compiled else None,
         # ru_maxrss is in KiB on Linux.
         "planner_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "notes": notes,
+        "notes": _notes(topology, missing) if compiled else [],
     }
+
+
+def _notes(topology: Topology, missing: str | None) -> list[str]:
+    """What the reader should know of the compiler."""
+    if missing:
+        return [f"{missing}; memory and traffic are closed forms"]
+    mismatch = None if topology.chip.is_gpu else mismatched_compiler()
+    return [mismatch] if mismatch else []
+
+
+def _traced(config: PlanConfig) -> Reading:
+    """Of the program of one row, on no devices."""
+    one_row = decoding_jaxpr(config) if config.decode else training_jaxpr(config)
+    return Reading(executed_flops(one_row) * _rows(config))
+
+
+def _compiled(config: PlanConfig, topology: Topology) -> Reading:
+    """Of the real program."""
+    devices = devices_of(topology)
+    step = decoding_step(config, devices) if config.decode else training_step(config, devices)
+    traced = trace(step.function, step.mesh, *step.arguments)
+    executed = executed_flops(traced.jaxpr)
+    found = compile_step(traced)
+    if isinstance(found, OutOfMemory):
+        return Reading(executed, found)
+    traffic = collectives(found.hlo, step.mesh.shape)
+    sent = wire(traffic, topology, step.mesh.devices.ravel().tolist())
+    return Reading(executed, found, traffic, sent)
 
 
 def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
@@ -121,11 +144,6 @@ def _check_rows(config: PlanConfig, sizes: Mapping[str, int]) -> None:
             f"data.batch_size / accumulate ({rows}) must be a multiple of mesh.data x mesh.fsdp "
             f"({shares} on this topology), which split the batch"
         )
-
-
-def _step(config: PlanConfig, topology: Topology) -> Step:
-    devices = devices_of(topology)
-    return decoding_step(config, devices) if config.decode else training_step(config, devices)
 
 
 def _rows(config: PlanConfig) -> int:
@@ -214,14 +232,12 @@ def _memory(memory: Memory, found: Compiled | OutOfMemory | None, topology: Topo
     }
 
 
-def _traffic(
-    sent: Wire, found: Sequence[Collective], compiled: Compiled | OutOfMemory | None
-) -> Record:
+def _traffic(sent: Wire, reading: Reading) -> Record:
     return {
         "wire_bytes_per_chip": sent.interconnect_bytes + sent.network_bytes,
         "network_bytes_per_chip": sent.network_bytes,
-        "wire_from": "compiler" if isinstance(compiled, Compiled) else "closed form",
-        "collectives": [row._asdict() for row in totals(found)],
+        "wire_from": "compiler" if reading.sent else "closed form",
+        "collectives": [row._asdict() for row in totals(reading.traffic)],
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from llama_jax.config import TrainConfig
 from llama_jax.plan.hardware import GPUS_PER_NODE, Topology
 from llama_jax.plan.memory import BF16, MASTER, MOMENTS, Memory
-from sharding.collectives import Collective
+from sharding.collectives import BETWEEN, Collective
 
 
 class Times(NamedTuple):
@@ -70,10 +70,9 @@ def wire(found: Sequence[Collective], topology: Topology, devices: Sequence[Any]
         members = [devices[number] for number in one.group if number < len(devices)]
         places = [place_of(device) for device in members]
         slices = [getattr(device, "slice_index", 0) for device in members]
-        crosses = one.kind == "send" or _crosses(topology, places, slices)
-        speed = topology.bandwidth(places, slices)
-        if one.kind == "send":
-            speed = topology.chip.network
+        outside = one.kind.endswith(BETWEEN)
+        crosses = outside or _crosses(topology, places, slices)
+        speed = topology.chip.network if outside else topology.bandwidth(places, slices)
         amount = one.executions * one.wire_bytes
         amounts[crosses] += amount
         seconds[crosses] += amount / speed
