@@ -56,6 +56,7 @@ def our_model(weights, precision, rows):
     from llama_jax import process
 
     process.keep_freed_memory()  # before jax starts its threads
+    import jax
     import jax.numpy as jnp
 
     from llama_jax.config import ComputeConfig
@@ -66,11 +67,12 @@ def our_model(weights, precision, rows):
 
     source = open_source(Path(weights) / "hf")
     dtype = PRECISIONS[precision]
-    params = load_params(source, jnp.dtype(dtype))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = load_params(source, jnp.dtype(dtype), here)
     if precision == "int8":
-        params = quantize(params)
+        params = quantize(params, consume=True)
     model = Llama(source.config, ComputeConfig(dtype=dtype))
-    return model, for_decoding(params, rows)
+    return model, for_decoding(params, rows, consume=True)
 
 
 def ours(weights, precision, rows):
