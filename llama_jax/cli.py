@@ -20,6 +20,7 @@ from llama_jax.config import ConfigError, Schema
 from llama_jax.convert.settings import ConvertConfig, VerifyConfig
 from llama_jax.evaluate.settings import EvaluateConfig
 from llama_jax.generate.settings import GenerateConfig
+from llama_jax.train.supervisor import supervise
 
 DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
 
@@ -119,12 +120,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE if not args or args[0] in ("-h", "--help") else BAD_USAGE
         command = COMMANDS[name]
         config = _parse(name, command, rest)
+    except SystemExit as stop:  # help has been printed
+        return stop.code if isinstance(stop.code, int) else BAD_USAGE
+    except ConfigError as error:
+        return _report(error, BAD_USAGE, debug)
+    if isinstance(config, schema.TrainConfig) and config.restarts:
+        return supervise(lambda: _run(command, config, debug), config.restarts, Path(config.out))
+    return _run(command, config, debug)
+
+
+def _run(command: Command, config: Schema, debug: bool) -> int:
+    """Does what the command is for; errors become a line and an exit code."""
+    try:
         if command.repeats:
             process.keep_freed_memory()
         module, function = command.function.split(":")
         return getattr(importlib.import_module(module), function)(config)
-    except SystemExit as stop:  # help has been printed
-        return stop.code if isinstance(stop.code, int) else BAD_USAGE
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

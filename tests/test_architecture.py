@@ -43,7 +43,7 @@ ROWS = {
         *("llama_jax.model.ops", "llama_jax.model.count"),
         *("llama_jax.convert.names", "llama_jax.convert.settings"),
         *("llama_jax.generate.settings", "llama_jax.evaluate.settings"),
-        *("llama_jax.flags", "llama_jax.process"),
+        *("llama_jax.flags", "llama_jax.process", "llama_jax.train.supervisor"),
     ],
     0: ["llama_jax.config", "sharding"],
 }
