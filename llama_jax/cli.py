@@ -120,22 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE if not args or args[0] in ("-h", "--help") else BAD_USAGE
         command = COMMANDS[name]
         config = _parse(name, command, rest)
-    except SystemExit as stop:  # help has been printed
+        if isinstance(config, schema.TrainConfig) and config.restarts:
+            return supervise(lambda: _run(command, config), config.restarts, Path(config.out))
+        return _run(command, config)
+    except SystemExit as stop:  # help has been printed, or a supervised child has ended
         return stop.code if isinstance(stop.code, int) else BAD_USAGE
-    except ConfigError as error:
-        return _report(error, BAD_USAGE, debug)
-    if isinstance(config, schema.TrainConfig) and config.restarts:
-        return supervise(lambda: _run(command, config, debug), config.restarts, Path(config.out))
-    return _run(command, config, debug)
-
-
-def _run(command: Command, config: Schema, debug: bool) -> int:
-    """Does what the command is for; errors become a line and an exit code."""
-    try:
-        if command.repeats:
-            process.keep_freed_memory()
-        module, function = command.function.split(":")
-        return getattr(importlib.import_module(module), function)(config)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -146,6 +135,14 @@ def _run(command: Command, config: Schema, debug: bool) -> int:
         return FAILED
     except Exception as error:
         return _report(error, FAILED, debug)
+
+
+def _run(command: Command, config: Schema) -> int:
+    """Does what the command is for; returns its exit code."""
+    if command.repeats:
+        process.keep_freed_memory()
+    module, function = command.function.split(":")
+    return getattr(importlib.import_module(module), function)(config)
 
 
 def _report(error: Exception, code: int, debug: bool) -> int:

@@ -82,7 +82,7 @@ class _Child:
             # A group of its own: the terminal's Ctrl-C reaches the parent alone, which passes it on
             os.setpgid(0, 0)
             _die_with(parent)
-            raise SystemExit(self._run())  # which unwinds the stack of the parent in the child
+            raise SystemExit(self._run())  # unwinds the stack that the child has from its parent
         try:
             _, status = os.waitpid(self._pid, 0)
         finally:
@@ -118,7 +118,7 @@ def _die_with(parent: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _saved(out: Path) -> int:
+def _saved(checkpoints: Path) -> int:
     """The newest complete checkpoint: it has a bare number; -1 where there is none."""
     numbers = [int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal()]
     return max(numbers, default=-1)
