@@ -197,7 +197,9 @@ def train_on(plan: Plan, compiled: Callable[[], Programs], clock: Clock) -> int:
         saved_step = found.step if found else None
         clock.step = progress.step
         detector = spikes.Detector(config.spikes, progress.losses)
-        reporter = Reporter(config, plan.mesh, progress.step, journal, screen, clock, detector)
+        reporter = Reporter(
+            config, plan.mesh, progress.step, journal, screen, clock, ledger, detector
+        )
         batches = stack.enter_context(closing(unskipped(plan.data, progress.step, windows)))
         batch = place(plan, next(batches))
         wish = both_wishes(plan.mesh)
@@ -237,7 +239,6 @@ def train_on(plan: Plan, compiled: Callable[[], Programs], clock: Clock) -> int:
                 progress = progress._replace(losses=detector.memory())
                 save(plan, programs, writer, state, progress)
                 saved_step = progress.step
-                reporter.goodput(progress.step, ledger)
 
         reporter.flush()
         clock.switch("checkpoint")
@@ -246,7 +247,6 @@ def train_on(plan: Plan, compiled: Callable[[], Programs], clock: Clock) -> int:
             save(plan, programs, writer, state, progress)
         writer.wait()
         clock.switch("end")
-        reporter.goodput(progress.step, ledger)
         if ledger:
             plot_losses(out)
             ledger.write(ended=True)

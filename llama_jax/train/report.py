@@ -49,10 +49,11 @@ class Reporter:
         journal: Journal | None,
         screen: Screen,
         clock: Clock,
+        ledger: Ledger | None,
         detector: Detector,
     ):
         self._config = config
-        self._journal, self._screen, self._clock = journal, screen, clock
+        self._journal, self._screen, self._clock, self._ledger = journal, screen, clock, ledger
         self._detector = detector
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         rows, length = config.data.batch_size, config.data.sequence_length
@@ -87,7 +88,7 @@ class Reporter:
         is_logged = is_due(step, self._config.log_every, self._config)
         if is_logged:
             self._speed = self._measure_speed(step)
-            self._write(step, values | self._speed | device_memory())
+            self._write(step, values | self._speed | device_memory() | self._buckets())
         left = sum(self._seconds()) / (step - self._first) * (self._config.steps - step)
         self._screen.step(step, describe(values | self._speed, left), stays=is_logged)
         if values["skipped_in_row"]:
@@ -105,15 +106,14 @@ class Reporter:
         self._write(step, {"validation_loss": loss})
         self._screen.say(f"step {step}  validation loss {loss:.4f}{'  (best)' if is_best else ''}")
 
-    def goodput(self, step: int, ledger: Ledger | None) -> None:
-        """Puts the run's buckets of time into the journal, in seconds."""
-        if ledger:
-            seconds = ledger.seconds().items()
-            self._write(step, {f"seconds/{name}": value for name, value in seconds})
-
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self._journal:
             self._journal.write(step, values)
+
+    def _buckets(self) -> dict[str, float]:
+        """Seconds of the run so far in each bucket of `goodput`."""
+        seconds = self._ledger.seconds() if self._ledger else {}
+        return {f"seconds/{name}": value for name, value in seconds.items()}
 
     def _measure_speed(self, step: int) -> dict[str, float]:
         """Tokens per second since the last such call, the share of the peak that makes, and the
