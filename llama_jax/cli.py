@@ -121,7 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = COMMANDS[name]
         config = _parse(name, command, rest)
         if isinstance(config, schema.TrainConfig) and config.restarts:
-            return supervise(lambda: _run(command, config), config.restarts, Path(config.out))
+            return supervise(
+                lambda: _run(command, config),
+                config.restarts,
+                Path(config.out),
+                2.0 * config.distributed.silence_seconds,
+            )
         return _run(command, config)
     except SystemExit as stop:  # help has been printed, or a supervised child has ended
         return stop.code if isinstance(stop.code, int) else BAD_USAGE

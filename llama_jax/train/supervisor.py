@@ -7,6 +7,7 @@ together.
 
 import ctypes
 import os
+import select
 import signal
 import sys
 import time
@@ -20,21 +21,25 @@ PREEMPTED = 75
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a restart, by crashes in a row
 MOST_WITHOUT_PROGRESS = 8
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+LIFELINE = "LLAMA_JAX_LIFELINE"  # tells the child where to write that it is alive
+TICK_SECONDS = 0.5
 
 
-def supervise(run: Callable[[], int], restarts: int, out: Path) -> int:
+def supervise(run: Callable[[], int], restarts: int, out: Path, silence_seconds: float) -> int:
     """Runs `run` in a child until it decides to end; returns its exit code.
 
     A child that crashes is started again, at most `restarts` times, and no more once it has crashed
-    eight times in a row without completing a checkpoint. SIGTERM, Ctrl-C and SIGUSR1 are passed on.
+    eight times in a row without completing a checkpoint. One that falls silent is killed first.
+    SIGTERM, Ctrl-C and SIGUSR1 are passed on.
 
     Args:
         run: the training; its result is the exit code of the child.
         restarts: starts after the first.
         out: folder of the run.
+        silence_seconds: after which a child that no longer says that it is alive counts as dead.
     """
     checkpoints = out / "checkpoints"
-    child = _Child(run)
+    child = _Child(run, silence_seconds)
     without_progress = 0
     for start in range(restarts + 1):
         before = _saved(checkpoints)
@@ -62,8 +67,8 @@ def supervise(run: Callable[[], int], restarts: int, out: Path) -> int:
 class _Child:
     """The process that trains, and the signals on their way to it."""
 
-    def __init__(self, run: Callable[[], int]):
-        self._run = run
+    def __init__(self, run: Callable[[], int], silence_seconds: float):
+        self._run, self._silence = run, silence_seconds
         self._pid: int | None = None
         self.stopped = False
 
@@ -75,21 +80,43 @@ class _Child:
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)
         parent = os.getpid()
+        lifeline, end_of_child = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
+            os.close(lifeline)
+            os.environ[LIFELINE] = str(end_of_child)
             for number, handler in before.items():
                 signal.signal(number, handler)
             # A group of its own: the terminal's Ctrl-C reaches the parent alone, which passes it on
             os.setpgid(0, 0)
             _die_with(parent)
             raise SystemExit(self._run())  # unwinds the stack that the child has from its parent
-        try:
-            _, status = os.waitpid(self._pid, 0)
-        finally:
-            self._pid = None
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        os.close(end_of_child)
+        status = self._wait(self._pid, lifeline)
+        self._pid = None
+        os.close(lifeline)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         return os.waitstatus_to_exitcode(status)
+
+    def _wait(self, pid: int, lifeline: int) -> int:
+        """Waits for the end of the child, and brings it about if it falls silent."""
+        silent: float | None = None  # seconds; None before it has spoken for the first time
+        while True:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return status
+            if select.select([lifeline], [], [], TICK_SECONDS)[0]:
+                if os.read(lifeline, 4096):
+                    silent = 0.0
+                else:
+                    time.sleep(0.01)  # it has closed its end, and is about to die
+            elif silent is not None:
+                silent += TICK_SECONDS
+                if silent > self._silence:
+                    _say(f"training has not been heard of for {silent:.0f} s; killing it")
+                    os.kill(pid, signal.SIGKILL)
+                    silent = None
 
     def sleep(self, seconds: float) -> bool:
         """Waits; True when a signal to stop has come meanwhile."""

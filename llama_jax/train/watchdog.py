@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from llama_jax.config import ConfigError, DistributedConfig
 from llama_jax.train.goodput import Clock
+from llama_jax.train.supervisor import LIFELINE
 from sharding.distributed import Process
 
 TICK_SECONDS = 1.0
@@ -248,6 +249,9 @@ class Watchdog:
         usual = (self._awake - self._first_step[1]) / done if done > 0 else 0.0
         me = Peer(self._index, self._host, step, changes, activity, 0.0, self._stuck, usual)
         self.peers[self._index] = me
+        if LIFELINE in os.environ:
+            with contextlib.suppress(OSError):
+                os.write(int(os.environ[LIFELINE]), b".")
         self._tell(step=step, changes=changes, activity=activity, stuck=self._stuck, usual=usual)
 
     def _judge(self, elapsed: float) -> None:
