@@ -83,8 +83,8 @@ class Plan(NamedTuple):
 class Programs(NamedTuple):
     """What is compiled, once per run.
 
-    step: (state, batch, wish) -> (state, metrics); the old state is given up. wish is what each
-        device's process wants, 1 to stop and 0 to go on; metrics["stop"] is the largest of all.
+    step: (state, batch) -> (state, metrics); the old state is given up. Several processes add to
+        the batch what each wants (`wishes`), and read the answer in metrics["stop"].
     evaluate: (params, batch) -> sums; None without validation data.
     is_finite: state -> bool.
     checksums: state -> a checksum for each device; None where no two devices hold the same.
@@ -188,6 +188,8 @@ def train_on(plan: Plan, compiled: Callable[[], Programs], clock: Clock) -> int:
         screen.say(introduction(config, plan.mesh, progress.step))
         if is_over(config, progress):
             screen.say("nothing is left to do; raise steps (or patience) to go on")
+            if ledger:
+                ledger.write(ended=True)
             return DONE
 
         clock.switch("compile")
@@ -209,7 +211,7 @@ def train_on(plan: Plan, compiled: Callable[[], Programs], clock: Clock) -> int:
             if said := profiler.before_step(progress.step + 1, state.step):
                 screen.say(said)
             with jax.profiler.StepTraceAnnotation("train", step_num=progress.step + 1):
-                state, metrics = programs.step(state, batch, wish[stop.requested is not None])
+                state, metrics = programs.step(state, batch | wish[stop.requested is not None])
             progress = progress.after_step()
             clock.step = progress.step
             clock.switch("data")  # while the devices are busy with the step
@@ -416,12 +418,13 @@ def compile_programs(plan: Plan) -> Programs:
     places = jax.tree.map(lambda x: x.sharding, plan.state)
     train_step = make_step(loss_fn, plan.optimizer, config.accumulate)
 
-    def step(state: TrainState, batch: Batch, wish: jax.Array) -> tuple[TrainState, Any]:
-        state, metrics = train_step(state, batch)
-        return state, {**metrics, "stop": jnp.max(wish)}
+    def agreeing_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+        wanted = {name: jnp.max(batch[name]) for name in batch.keys() - plan.batch.keys()}
+        state, metrics = train_step(state, {name: batch[name] for name in plan.batch})
+        return state, metrics | wanted
 
     everywhere = NamedSharding(plan.mesh, PartitionSpec())
-    step = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+    step = jax.jit(agreeing_step, donate_argnums=0, out_shardings=(places, everywhere))
     evaluate = jax.jit(make_evaluation(loss_fn, config.accumulate), out_shardings=everywhere)
     is_finite = jax.jit(
         lambda state: jnp.all(
@@ -430,7 +433,7 @@ def compile_programs(plan: Plan) -> Programs:
     )
     checksums, groups = make_checksums(plan.state, plan.mesh) or (None, ())
     return Programs(
-        step.lower(plan.state, plan.batch, wishes(plan.mesh)).compile(),
+        step.lower(plan.state, plan.batch | wishes(plan.mesh)).compile(),
         evaluate.lower(plan.state.params, plan.batch).compile() if plan.validation else None,
         is_finite.lower(plan.state).compile(),
         checksums and jax.jit(checksums).lower(plan.state).compile(),

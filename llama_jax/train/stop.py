@@ -47,21 +47,26 @@ class StopRequest:
         os.write(2, b"\nfinishing this step and saving; the same signal again ends at once\n")
 
 
-def wishes(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """One number for each device, which its process sets: 1 to stop, 0 to go on.
+def wishes(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """What goes with a batch: one number for each device, set by its process: 1 to stop, else 0.
 
-    The step gives the largest of all, so every process learns of a wish from the same step.
+    The step gives the largest of all, so every process learns of a wish from the same step. Nothing
+    where there is one process, which asks nobody.
     """
+    if jax.process_count() == 1:
+        return {}
     place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=place)
+    return {"stop": jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=place)}
 
 
-def both_wishes(mesh: Mesh) -> dict[bool, jax.Array]:
-    """Whether to stop -> that wish on all devices of this process."""
-    shape = wishes(mesh)
+def both_wishes(mesh: Mesh) -> dict[bool, dict[str, jax.Array]]:
+    """Whether to stop -> that wish, for the devices of this process."""
 
-    def everywhere(value: int) -> jax.Array:
+    def everywhere(shape: jax.ShapeDtypeStruct, value: int) -> jax.Array:
         values = np.full(shape.shape, value, np.int32)
         return jax.make_array_from_callback(shape.shape, shape.sharding, lambda i: values[i])
 
-    return {False: everywhere(0), True: everywhere(1)}
+    return {
+        stop: {name: everywhere(shape, int(stop)) for name, shape in wishes(mesh).items()}
+        for stop in (False, True)
+    }

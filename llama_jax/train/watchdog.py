@@ -298,6 +298,10 @@ class Watchdog:
         self._tell(left=failure, code=code)
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+        if failure and self._index == 0:  # with its end jaxlib aborts the others without a word
+            end = time.monotonic() + FAILED_GRACE_SECONDS + 3 * TICK_SECONDS
+            while time.monotonic() < end and any(x.receive() is not None for x in self.lines):
+                time.sleep(0.1)
         for line in self.lines:
             line.socket.close()
         self._selector.close()
@@ -333,7 +337,7 @@ def hung(peers: list[Peer], settings: DistributedConfig) -> tuple[str, tuple[int
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the other side has gone; nothing is taken from the connection."""
+    """Whether the other side has gone, where all it said has been read."""
     try:
         return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
