@@ -53,6 +53,7 @@ class Runs:
 
     def __init__(self, folder):
         self.folder = folder
+        self.started = []
         prepared(folder)
         self.environment = {
             **os.environ,
@@ -103,7 +104,14 @@ class Runs:
                 stderr=subprocess.STDOUT,
             )
         process.log = log
+        self.started.append(process)
         return process
+
+    def end(self):
+        """Leaves nothing running, whatever a test has found."""
+        for process in self.started:
+            for pid in (*children(process), process.pid) if process.poll() is None else ():
+                os.kill(pid, signal.SIGKILL)
 
     def start_several(self, path, count, *flags, program=None):
         """Processes of one run, which find each other on this machine."""
@@ -139,13 +147,9 @@ def codes(processes, seconds=240):
     """Exit codes, once all have ended; what they wrote is shown where they do not."""
     try:
         wait_until(lambda: all(process.poll() is not None for process in processes), seconds)
-        return [process.returncode for process in processes]
     except AssertionError:
         raise AssertionError("still running:\n" + "\n".join(map(said, processes))) from None
-    finally:
-        for process in processes:
-            for pid in (*children(process), process.pid) if process.poll() is None else ():
-                os.kill(pid, signal.SIGKILL)
+    return [process.returncode for process in processes]
 
 
 def said(process):
@@ -160,7 +164,7 @@ def children(process):
 
 
 def wait_until(condition, seconds=120.0):
-    """Waits for something that another process does; a sleep of the whole machine does not count."""
+    """Waits for something that another process does; the machine's own sleep does not count."""
     waited, last = 0.0, time.monotonic()
     while not (value := condition()):
         now = time.monotonic()

@@ -72,7 +72,9 @@ def test_the_skypilot_task_has_only_known_keys():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("runs"))
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    yield runs
+    runs.end()
 
 
 def slurm(index, number):

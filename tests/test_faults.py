@@ -29,7 +29,9 @@ SUPERVISED = ("--restarts", "100000")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("runs"))
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    yield runs
+    runs.end()
 
 
 # One process --------------------------------------------------------------------------------------

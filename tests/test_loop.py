@@ -566,7 +566,7 @@ def test_no_checkpoint_before_the_window_is_an_error(corpus, undisturbed, tmp_pa
     assert checkpoint.steps(run / "checkpoints") == [HALF, STEPS]
 
 
-RULE = {"deviations": 8.0, "steps": 3, "history": 16, "skip_before": 2, "skip_after": 6}
+RULE = {"deviations": 1.5, "steps": 3, "history": 16, "skip_before": 2, "skip_after": 6}
 POISONED = {24, 25, 26, 27, 28}
 
 
@@ -625,7 +625,7 @@ def test_a_flipped_bit_in_one_replica_ends_the_run_unsaved(corpus, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(loop, "new_state", corrupted)
         with pytest.raises(
-            TrainingError, match="silent corruption after step 3: device 0 .*, 1 .*"
+            TrainingError, match=r"silent corruption after step 3: device 0 .*, 1 .*"
         ):
             train(config)
     assert checkpoint.steps(tmp_path / "checkpoints") == []
