@@ -108,6 +108,23 @@ def test_a_signal_is_passed_on_and_ends_the_supervision(tmp_path, number):
     assert len(list(tmp_path.glob("start.*"))) == 1
 
 
+def test_a_child_that_a_signal_has_killed_is_not_started_again(tmp_path):
+    """As by the second of two: that was a wish too."""
+    body = """
+        def run():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            starts()
+            time.sleep(100)
+        """
+    process = supervised(tmp_path, body, wait=False)
+    while not list(tmp_path.glob("start.*")):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(list(tmp_path.glob("start.*"))) == 1
+
+
 def test_a_signal_between_two_starts_ends_the_supervision(tmp_path):
     body = """
         supervisor.PAUSES = (60.0,)

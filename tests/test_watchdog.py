@@ -25,6 +25,12 @@ def test_the_one_that_has_done_the_least_is_named():
     assert guilty == (1,)
 
 
+def test_a_device_that_hangs_is_told_by_its_process_being_behind():
+    """All of them wait for their devices, and one for a step that the others have done."""
+    peers = [peer(0, stuck=50.0), peer(1, changes=98, stuck=50.0), peer(2, stuck=50.0)]
+    assert hung(peers, SETTINGS)[1] == (1,)
+
+
 def test_of_those_that_are_level_it_is_not_the_one_that_waits_for_devices():
     peers = [peer(0, stuck=50.0), peer(1, stuck=50.0, activity="report")]
     assert hung(peers, SETTINGS)[1] == (1,)
