@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any, Self
 
 # The child's own decisions: done, bad configuration, stopped on purpose, Ctrl-C at a bad moment.
 FINAL = (0, 2, 75, 130)
@@ -38,8 +39,11 @@ def supervise(run: Callable[[], int], restarts: int, out: Path, silence_seconds:
         out: folder of the run.
         silence_seconds: after which a child that no longer says that it is alive counts as dead.
     """
-    checkpoints = out / "checkpoints"
-    child = _Child(run, silence_seconds)
+    with _Child(run, silence_seconds) as child:
+        return _supervise(child, restarts, out / "checkpoints")
+
+
+def _supervise(child: "_Child", restarts: int, checkpoints: Path) -> int:
     without_progress = 0
     for start in range(restarts + 1):
         before = _saved(checkpoints)
@@ -70,33 +74,40 @@ class _Child:
     def __init__(self, run: Callable[[], int], silence_seconds: float):
         self._run, self._silence = run, silence_seconds
         self._pid: int | None = None
+        self._before: dict[int, Any] = {}
         self.stopped = False
+
+    def __enter__(self) -> Self:
+        self._before = {n: signal.signal(n, self._pass_on) for n in _PASSED_ON}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def run(self) -> int:
         """Starts it and waits for its end; a negative code is the signal that killed it."""
-        before = {number: signal.getsignal(number) for number in _PASSED_ON}
         sys.stdout.flush()
         sys.stderr.flush()
-        for number in _PASSED_ON:
-            signal.signal(number, self._pass_on)
         parent = os.getpid()
         lifeline, end_of_child = os.pipe()
+        # A signal that comes now waits until there is somebody to have it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
         self._pid = os.fork()
         if self._pid == 0:
+            self.__exit__()
             os.close(lifeline)
             os.environ[LIFELINE] = str(end_of_child)
-            for number, handler in before.items():
-                signal.signal(number, handler)
             # A group of its own: the terminal's Ctrl-C reaches the parent alone, which passes it on
             os.setpgid(0, 0)
             _die_with(parent)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+        if self._pid == 0:
             raise SystemExit(self._run())  # unwinds the stack that the child has from its parent
         os.close(end_of_child)
         status = self._wait(self._pid, lifeline)
         self._pid = None
         os.close(lifeline)
-        for number, handler in before.items():
-            signal.signal(number, handler)
         return os.waitstatus_to_exitcode(status)
 
     def _wait(self, pid: int, lifeline: int) -> int:
@@ -120,12 +131,9 @@ class _Child:
 
     def sleep(self, seconds: float) -> bool:
         """Waits; True when a signal to stop has come meanwhile."""
-        before = {number: signal.signal(number, self._pass_on) for number in _PASSED_ON}
         end = time.monotonic() + seconds
         while not self.stopped and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
-        for number, handler in before.items():
-            signal.signal(number, handler)
         return self.stopped
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
