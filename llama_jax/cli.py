@@ -21,6 +21,7 @@ from llama_jax.convert.settings import ConvertConfig, VerifyConfig
 from llama_jax.evaluate.settings import EvaluateConfig
 from llama_jax.generate.settings import GenerateConfig
 from llama_jax.plan.settings import PlanConfig
+from llama_jax.train.supervisor import supervise
 
 DONE, FAILED, BAD_USAGE, PREEMPTED = 0, 1, 2, 75
 
@@ -125,11 +126,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE if not args or args[0] in ("-h", "--help") else BAD_USAGE
         command = COMMANDS[name]
         config = _parse(name, command, rest)
-        if command.repeats:
-            process.keep_freed_memory()
-        module, function = command.function.split(":")
-        return getattr(importlib.import_module(module), function)(config)
-    except SystemExit as stop:  # help has been printed
+        if isinstance(config, schema.TrainConfig) and config.restarts:
+            return supervise(
+                lambda: _run(command, config),
+                config.restarts,
+                Path(config.out),
+                2.0 * config.distributed.silence_seconds,
+            )
+        return _run(command, config)
+    except SystemExit as stop:  # help has been printed, or a supervised child has ended
         return stop.code if isinstance(stop.code, int) else BAD_USAGE
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -141,6 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except Exception as error:
         return _report(error, FAILED, debug)
+
+
+def _run(command: Command, config: Schema) -> int:
+    """Does what the command is for; returns its exit code."""
+    if command.repeats:
+        process.keep_freed_memory()
+    module, function = command.function.split(":")
+    return getattr(importlib.import_module(module), function)(config)
 
 
 def _report(error: Exception, code: int, debug: bool) -> int:

@@ -155,6 +155,8 @@ def _type_name(annotation: Annotation) -> str:
         return _type_name(inner[0])
     if origin is Literal:
         return " | ".join(str(choice) for choice in inner)
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return "-".join(map(_type_name, inner))
     if origin is tuple:
         return f"{_type_name(inner[0])} ..."
     if origin in (Union, types.UnionType):

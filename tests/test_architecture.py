@@ -44,7 +44,7 @@ ROWS = {
         *("llama_jax.convert.names", "llama_jax.convert.settings"),
         *("llama_jax.generate.settings", "llama_jax.evaluate.settings"),
         *("llama_jax.plan.settings", "llama_jax.plan.hardware"),
-        *("llama_jax.flags", "llama_jax.process"),
+        *("llama_jax.flags", "llama_jax.process", "llama_jax.train.supervisor"),
     ],
     0: ["llama_jax.config", "sharding"],
 }

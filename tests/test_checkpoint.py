@@ -425,8 +425,8 @@ STAGES = [
     lambda folder: before(c.ocp, "save_checkpointables_async"),
     among_the_files,
     lambda folder: before(shutil, "copyfile"),
-    lambda folder: before(c, "_write_manifest"),
-    lambda folder: after(c, "_write_manifest"),
+    lambda folder: before(c, "write_manifest"),
+    lambda folder: after(c, "write_manifest"),
     lambda folder: before(c.Writer, "_remove_old"),
     lambda folder: setattr(shutil, "rmtree", amid_removal),
 ]
@@ -485,7 +485,7 @@ def test_a_failing_save_is_raised_by_the_next_check(run, monkeypatch):
     written = threading.Event()
     writer = open_writer(run)
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "_write_manifest", lambda path: written.wait() and full(path))
+        broken.setattr(checkpoint, "write_manifest", lambda path, _: written.wait() and full(path))
         writer.save(2, trees(2), {})
         writer.check()  # nothing is known yet
         written.set()
@@ -511,10 +511,10 @@ def test_a_failing_save_is_raised_by_the_next_check(run, monkeypatch):
     ids=["save", "wait", "close", "exit"],
 )
 def test_a_failing_save_is_never_lost(run, monkeypatch, use):
-    def broken(path):
+    def broken(path, _):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", broken)
+    monkeypatch.setattr(checkpoint, "write_manifest", broken)
     writer = open_writer(run)
     writer.save(1, trees(1), {})
     with pytest.raises(CheckpointError, match="Input/output error"):
@@ -528,7 +528,7 @@ def save_and_fail(run):
 
 
 def test_a_failing_save_does_not_hide_an_earlier_error(run, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoint, "_write_manifest", lambda path: 1 / 0)
+    monkeypatch.setattr(checkpoint, "write_manifest", lambda *_: 1 / 0)
     with pytest.raises(KeyError, match="first"):
         save_and_fail(run)
     assert "could not be written" in caplog.text

@@ -416,7 +416,7 @@ def test_configs_are_found_in_a_clone_and_in_an_installed_package(tmp_path, monk
         (folder / "models").mkdir(parents=True)
         model = ModelConfig(**MODEL | {"d_model": width})
         save(model, folder / "models" / f"of_{width}.yaml")
-    monkeypatch.setattr(config, "__file__", str(package / "config.py"))
+    monkeypatch.setattr(config, "__file__", str(package / "config" / "__init__.py"))
     assert config.configs_folder() == inside
     assert model_names() == ["of_16"]
     assert load_model("of_16").d_model == 16

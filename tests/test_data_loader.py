@@ -11,7 +11,7 @@ from corpora import numbered_documents, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.config import ConfigError, DataConfig, DataSource
+from llama_jax.config import DataConfig, DataSource
 from llama_jax.data import loader as loading
 from llama_jax.data.loader import Loader
 from llama_jax.data.order import MAX_ROWS, shuffled, turn, whole_weights
@@ -40,7 +40,7 @@ def config(folders, names="a", weights=(1.0, 1.0), **settings):
 
 
 def loader(folders, *args, split="train", seed=3, **settings):
-    own = ("fingerprint", "process_index", "process_count", "start_step", "vocab_size")
+    own = ("fingerprint", "wanted", "start_step", "vocab_size")
     given = {key: settings.pop(key) for key in own if key in settings}
     given.setdefault("vocab_size", 1000)
     return Loader(config(folders, *args, **settings), split, seed, **given)
@@ -96,8 +96,8 @@ def test_any_batch_can_be_asked_for(folders, packing):
 def test_hosts_share_the_batch_and_do_not_change_it(folders, count, split):
     whole = take(loader(folders, "ab", split=split), 20)
     hosts = [
-        take(loader(folders, "ab", split=split, process_index=i, process_count=count), 20)
-        for i in range(count)
+        take(loader(folders, "ab", split=split, wanted=range(BATCH)[rows]), 20)
+        for rows in (slice(i * BATCH // count, (i + 1) * BATCH // count) for i in range(count))
     ]
     joined = [
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -250,11 +250,6 @@ def test_a_vocabulary_larger_than_the_models_is_refused(folders):
     with pytest.raises(DataError, match="ids go up to 999, but the model has vocab_size 999"):
         loader(folders, vocab_size=999)
     loader(folders, vocab_size=1024)
-
-
-def test_a_batch_that_cannot_be_shared_is_refused(folders):
-    with pytest.raises(ConfigError, match=r"batch_size \(4\) must be a multiple of .* \(3\)"):
-        loader(folders, process_count=3)
 
 
 def test_a_split_without_documents_is_refused(tmp_path):

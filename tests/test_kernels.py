@@ -1,4 +1,4 @@
-"""The accelerators' attention kernels, interpreted on a CPU: the reference's numbers and gradients."""
+"""The accelerators' attention kernels, interpreted on a CPU: numbers and gradients as reference."""
 
 import functools
 
@@ -21,7 +21,7 @@ TOKENS = ("batch", "seq")
 
 
 def operands(B=2, T=256, N=4, K=2, H=64, documents=3):
-    """q, k, v, and for each token its segment and its position in it; the last tokens are padding."""
+    """q, k, v, and each token's segment and its position in it; the last tokens are padding."""
     random = np.random.default_rng(0)
     shapes = (B, T, N, H), (B, K, T, H), (B, K, T, H)
     q, k, v = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes)
@@ -128,7 +128,7 @@ def test_a_kernel_that_cannot_split_the_tokens_says_so():
     with jax.set_mesh(mesh):
         with pytest.raises(ValueError, match="multiple of 512"):
             fused("splash", q, k, v, segments, RULES, interpret=True)
-        with pytest.raises(ValueError, match="mesh.context 1"):
+        with pytest.raises(ValueError, match=r"mesh\.context 1"):
             fused("flash", q, k, v, segments, RULES, interpret=True)
 
 

@@ -22,10 +22,12 @@ from llama_jax.data.loader import Loader
 from llama_jax.data.prepare import prepare
 from llama_jax.data.shards import DataError, read_meta
 from llama_jax.tokenizer.train import train_tokenizer
-from llama_jax.train import checkpoint, loop
+from llama_jax.train import checkpoint, loop, metrics
 from llama_jax.train.checkpoint import CheckpointError
-from llama_jax.train.loop import TrainingError, train
+from llama_jax.train.goodput import Clock
+from llama_jax.train.loop import train
 from llama_jax.train.metrics import read_metrics
+from llama_jax.train.report import TrainingError
 from sharding.mesh import make_mesh
 
 STEPS, HALF = 8, 4
@@ -263,11 +265,13 @@ def test_ctrl_c_finishes_the_step_and_saves(corpus, undisturbed, tmp_path, monke
 
 def test_a_second_signal_ends_the_process_at_once():
     script = """
-        import signal
-        from llama_jax.train.loop import StopRequest
+        import signal, time
+        from llama_jax.train.stop import SECOND_SIGNAL_SECONDS, StopRequest
         with StopRequest() as stop:
             signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # of the scheduler and of the supervisor: one wish
             print(stop.requested, flush=True)
+            time.sleep(1.5 * SECOND_SIGNAL_SECONDS)
             signal.raise_signal(signal.SIGTERM)
             print("still here")
         """
@@ -372,13 +376,6 @@ def test_refused_before_anything_is_allocated(corpus, tmp_path, monkeypatch, cha
         train(make_config(corpus, tmp_path / "run", **changes))
     assert len(jax.live_arrays()) == arrays
     assert not (tmp_path / "run").exists()
-
-
-def test_several_processes_are_refused(corpus, tmp_path, monkeypatch):
-    """Each would write the same checkpoint."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="several processes is not supported yet"):
-        train(make_config(corpus, tmp_path))
 
 
 def test_parameters_from_another_run(corpus, undisturbed, tmp_path):
@@ -487,7 +484,9 @@ def test_the_validation_loss_is_that_of_the_split(corpus, undisturbed, tmp_path)
         target = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
         total += (batch["weights"] * (log_z - target)).sum()
         weight += batch["weights"].sum()
-    measured = loop.measure(plan, plan.validation, loop.compile_programs(plan), state)
+    measured = loop.measure(
+        plan, plan.validation, loop.compile_programs(plan), state, Clock("validation")
+    )
     assert measured == pytest.approx(total / weight, rel=1e-5)
 
 
@@ -509,10 +508,10 @@ def test_a_failing_save_ends_the_run(corpus, tmp_path, monkeypatch):
     losses = iter([1.0])
     monkeypatch.setattr(loop, "measure", lambda *_: next(losses, 2.0))
 
-    def full(folder):
+    def full(folder, _):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
     config = make_config(corpus, tmp_path, steps=2000, checkpoint={"every": 2000})
     with pytest.raises(CheckpointError, match=r"4: the checkpoint could not be written.*No space"):
         train(config)
@@ -525,3 +524,156 @@ def test_the_versions_and_the_config_are_in_every_checkpoint(undisturbed):
     progress = json.loads((folder / "progress.json").read_text())
     assert progress["versions"]["jax"] == jax.__version__
     assert schema.read(TrainConfig, folder / "config.yaml").steps == STEPS
+
+
+# Skipped batches ----------------------------------------------------------------------------------
+
+
+def test_skipped_batches_are_never_read(corpus, tmp_path, monkeypatch):
+    read = []
+    original = Loader.batch
+
+    def batch(self, step):
+        if self.steps is None:
+            read.append(step)
+        return original(self, step)
+
+    monkeypatch.setattr(Loader, "batch", batch)
+    assert train(make_config(corpus, tmp_path, skip_batches=[[2, 4], [5, 6]])) == 0
+    assert {0, 1, 4, 6, 7, 8, 9, 10} <= set(read)  # and some ahead of those
+    assert not {2, 3, 5} & set(read)
+    found = checkpoint.newest(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.progress["data"]["next_batch"] == STEPS + 3
+    assert found.progress["skipped"] == [[2, 4], [5, 6]]
+
+
+def test_skipping_later_is_as_exact_as_from_the_beginning(corpus, undisturbed, tmp_path, capsys):
+    """From a checkpoint before the window, and by going back to it from one behind."""
+    assert train(make_config(corpus, tmp_path / "whole", skip_batches=[[5, 7]])) == 0
+    half = restart_at(HALF, undisturbed, tmp_path / "half")
+    assert train(make_config(corpus, half, skip_batches=[[5, 7]])) == 0
+    back = restart_at(STEPS, undisturbed, tmp_path / "back")
+    assert train(make_config(corpus, back, skip_batches=[[5, 7]])) == 0
+    assert (back / "checkpoints" / f"{STEPS}.rewound").is_dir()
+    assert ending(half) == ending(back) == ending(tmp_path / "whole") != ending(undisturbed)
+
+
+def test_no_checkpoint_before_the_window_is_an_error(corpus, undisturbed, tmp_path):
+    run = restart_at(STEPS, undisturbed, tmp_path / "run")
+    with pytest.raises(ConfigError, match="every checkpoint has been trained on batches that are"):
+        train(make_config(corpus, run, skip_batches=[[1, 2]]))
+    assert checkpoint.steps(run / "checkpoints") == [HALF, STEPS]
+
+
+RULE = {"deviations": 1.5, "steps": 3, "history": 16, "skip_before": 2, "skip_after": 6}
+POISONED = {24, 25, 26, 27, 28}
+
+
+def spoil(monkeypatch):
+    """Makes some batches predict what the model has never seen."""
+    original = Loader.batch
+
+    def batch(self, step):
+        values = original(self, step)
+        if self.steps is None and step in POISONED:
+            values["targets"] = np.full_like(values["targets"], 3 + step)
+        return values
+
+    monkeypatch.setattr(Loader, "batch", batch)
+
+
+def test_a_spike_is_skipped_by_rule_and_the_run_is_as_if_it_had_been_asked_to(
+    corpus, tmp_path, monkeypatch, capsys
+):
+    spoil(monkeypatch)
+    settings = {"steps": 36, "spikes": RULE, "evaluate_every": 36}
+    assert train(make_config(corpus, tmp_path / "rule", **settings)) == 0
+    assert "going back, and skipping the batches 22 to 29" in capsys.readouterr().out
+    asked = make_config(corpus, tmp_path / "asked", **settings, skip_batches=[[22, 30]])
+    assert train(asked) == 0
+    assert "going back" not in capsys.readouterr().out
+    assert ending(tmp_path / "rule") == ending(tmp_path / "asked")
+    assert json.loads((tmp_path / "rule" / "skipped.json").read_text()) == [[22, 30]]
+
+
+def test_spikes_without_end_end_the_run(corpus, tmp_path, monkeypatch):
+    spoil(monkeypatch)
+    rule = {**RULE, "skip_before": 0, "skip_after": 1, "most": 1}
+    settings = {"steps": 36, "spikes": rule, "evaluate_every": 36}
+    with pytest.raises(TrainingError, match="1 spikes of the loss were skipped, and another came"):
+        train(make_config(corpus, tmp_path, **settings))
+
+
+# Watching -----------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_one_replica_ends_the_run_unsaved(corpus, tmp_path, monkeypatch):
+    original = loop.new_state
+
+    def corrupted(plan):
+        state = original(plan)
+        embed = state.params["embed"]
+        parts = [np.array(shard.data) for shard in embed.addressable_shards]
+        parts[1].reshape(-1).view(np.uint32)[7] ^= 1 << 3
+        places = [shard.device for shard in embed.addressable_shards]
+        arrays = [jax.device_put(part, place) for part, place in zip(parts, places, strict=True)]
+        wrong = jax.make_array_from_single_device_arrays(embed.shape, embed.sharding, arrays)
+        return state._replace(params={**state.params, "embed": wrong})
+
+    config = make_config(corpus, tmp_path, mesh={"data": 2}, checksum_every=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "new_state", corrupted)
+        with pytest.raises(
+            TrainingError, match=r"silent corruption after step 3: device 0 .*, 1 .*"
+        ):
+            train(config)
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
+    assert train(config) == 0
+
+
+def planes(folder):
+    (file,) = folder.rglob("*.xplane.pb")
+    return {plane.name for plane in jax.profiler.ProfileData.from_file(str(file)).planes}
+
+
+def test_steps_are_recorded_when_configured(corpus, tmp_path, capsys):
+    assert train(make_config(corpus, tmp_path, profile={"first_step": 3, "steps": 2})) == 0
+    assert "/host:CPU" in planes(tmp_path / "profile")
+    assert f"recorded the steps until 4 in {tmp_path}/profile" in capsys.readouterr().out
+
+
+def test_steps_are_recorded_at_a_signal(corpus, tmp_path, monkeypatch):
+    original = Loader.batches
+
+    def batches(self, start, stop=None):
+        for step, batch in enumerate(original(self, start, stop), start):
+            if step == 3:
+                signal.raise_signal(signal.SIGUSR1)
+            yield batch
+
+    monkeypatch.setattr(Loader, "batches", batches)
+    before = signal.getsignal(signal.SIGUSR1)
+    assert train(make_config(corpus, tmp_path)) == 0
+    assert "/host:CPU" in planes(tmp_path / "profile")
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_the_memory_of_each_device_is_logged_where_it_is_told(corpus, tmp_path, monkeypatch):
+    class Device:
+        id = 5
+
+        def memory_stats(self):
+            return {"bytes_in_use": 3 * 2**30, "peak_bytes_in_use": 4 * 2**30}
+
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [Device()])
+    assert metrics.device_memory() == {"memory/5": 3.0, "peak_memory/5": 4.0}
+    monkeypatch.undo()
+    assert metrics.device_memory() == {}  # CPUs do not tell
+
+
+def test_the_journal_tells_where_the_time_went(undisturbed):
+    (*_, last) = (x for x in read_metrics(undisturbed / "metrics.jsonl") if "loss" in x)
+    assert {"seconds/step", "seconds/startup", "seconds/compile"} <= set(last)
+    book = json.loads((undisturbed / "goodput.json").read_text())
+    assert (book["ended"], book["step"]) == (True, STEPS)

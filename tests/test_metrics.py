@@ -1,4 +1,4 @@
-"""Logs, the live line, peaks and the clock."""
+"""Logs, the live line and peaks."""
 
 import io
 import json
@@ -9,9 +9,7 @@ import pytest
 from rich.console import Console
 
 from llama_jax.config import CheckpointConfig
-from llama_jax.train import metrics
 from llama_jax.train.metrics import (
-    Clock,
     Journal,
     Screen,
     describe,
@@ -119,18 +117,6 @@ def test_describe():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
-
-
-def test_every_moment_counts_once(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    clock = Clock("startup")
-    for passes, activity in ((2.0, "step"), (5.0, "data"), (1.0, "step")):
-        now[0] += passes
-        clock.switch(activity)
-    now[0] += 4.0
-    assert clock.seconds() == {"step": 9.0, "startup": 2.0, "data": 1.0}
-    assert list(clock.seconds()) == ["step", "startup", "data"]
 
 
 def test_plot_needs_a_loss(tmp_path):

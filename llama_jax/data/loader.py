@@ -2,20 +2,21 @@
 
 Sample i of a run is found by arithmetic alone (`order`): the sources take turns by weight, and a
 source gives the next row of its current epoch, a permutation drawn from (seed, source, epoch).
-Step n is samples [nB, (n + 1)B); process p of P holds the p-th P-th of them. Hosts, workers and
-restarts therefore cannot change the order, and the only state to save is the step.
+Step n is samples [nB, (n + 1)B), and a process reads those rows of them that its devices hold.
+Hosts, workers and restarts therefore cannot change the order, and the only state to save is the
+step.
 """
 
 import bisect
 import contextlib
 import itertools
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import grain
 import numpy as np
 
-from llama_jax.config import ConfigError, DataConfig
+from llama_jax.config import DataConfig
 from llama_jax.data.order import MAX_ROWS, shuffled, turn, whole_weights
 from llama_jax.data.pack import PackedRows, PaddedRows, Row, Rows, padding_row
 from llama_jax.data.pool import ordered_map
@@ -27,15 +28,15 @@ _READ_AHEAD = 4  # batches made before they are asked for
 
 
 class Loader:
-    """The batches of one split for one of `process_count` processes; iterable, picklable.
+    """The batches of one split, or some rows of each; iterable, picklable.
 
-    A batch is a dict of arrays (batch_size / process_count, sequence_length), see `pack`.
-    Training is endless. Validation has `steps` batches in an order that no seed changes: all rows
-    once, those of all sources mixed, the last batch filled up with rows of weight 0.
+    A batch is a dict of arrays (rows, sequence_length), see `pack`. `wanted` are the rows this
+    process reads, by their number in the batch; None for all of them. Training is endless.
+    Validation has `steps` batches in an order that no seed changes: all rows once, those of all
+    sources mixed, the last batch filled up with rows of weight 0.
 
     `vocab_size` is the model's, `fingerprint` the tokenizer's. Raises DataError for a corpus that
-    is unfinished, damaged, empty or of another tokenizer, and ConfigError for a batch that cannot
-    be shared among the processes.
+    is unfinished, damaged, empty or of another tokenizer.
     """
 
     def __init__(
@@ -45,21 +46,14 @@ class Loader:
         seed: int,
         vocab_size: int,
         fingerprint: str | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        wanted: Sequence[int] | np.ndarray | None = None,
         start_step: int = 0,
     ):
-        if config.batch_size % process_count:
-            raise ConfigError(
-                f"data.batch_size ({config.batch_size}) must be a multiple of the number of "
-                f"processes ({process_count})"
-            )
         self._config = config
         self._split = split
         self._seed = seed
         self._start_step = start_step
-        self._size = config.batch_size // process_count
-        self._first = self._size * process_index
+        self._wanted = range(config.batch_size) if wanted is None else wanted
         streams = [Stream(source.path, split) for source in config.sources]
         for stream in streams:
             _check_tokenizer(stream, vocab_size, fingerprint or streams[0].meta.tokenizer)
@@ -83,11 +77,11 @@ class Loader:
         """Batches there are; None without end."""
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of one step. Raises IndexError outside [0, steps)."""
+        """The wanted rows of one step. Raises IndexError outside [0, steps)."""
         if step < 0 or (self.steps is not None and step >= self.steps):
             raise IndexError(f"step {step} of {self.steps}")
-        start = step * self._config.batch_size + self._first
-        rows = [self._sample(sample) for sample in range(start, start + self._size)]
+        start = step * self._config.batch_size
+        rows = [self._sample(start + int(row)) for row in self._wanted]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def batches(self, start: int, stop: int | None = None) -> Generator[Batch]:

@@ -8,16 +8,20 @@
 
 A step is written as <step>.tmp and renamed once all of it, manifest included, is on the disk: a
 folder with a bare number is complete. This is the only module that knows Orbax.
+
+Of several processes each writes the arrays its devices hold, and hashes a share of the files, when
+they are written and when they are checked; everything else is done by process 0. All of them must
+see the same folder.
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import reduce
 from operator import getitem
@@ -29,9 +33,21 @@ import yaml
 from orbax.checkpoint import v1 as ocp
 
 from llama_jax.config import CheckpointConfig, ConfigError, Schema, parse
+from llama_jax.train.manifest import (
+    MANIFEST,
+    each,
+    entries,
+    file_damage,
+    files_in,
+    merged,
+    sync,
+    write_manifest,
+)
+from sharding.distributed import exchange
 
 FORMAT = 1
-CONFIG, MANIFEST, PROGRESS, STATE = "config.yaml", "manifest.json", "progress.json", "state"
+SLOWEST_SECONDS = 3600.0  # for one process to write or hash its share
+CONFIG, PROGRESS, STATE = "config.yaml", "progress.json", "state"
 
 log = logging.getLogger(__name__)
 
@@ -67,21 +83,30 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
-def newest(folder: Path, trees: Sequence[str] | None = None) -> Checkpoint | None:
+def newest(
+    folder: Path,
+    trees: Sequence[str] | None = None,
+    wanted: Callable[[dict[str, Any]], bool] | None = None,
+) -> Checkpoint | None:
     """The newest intact step of a checkpoints folder; None where no step was ever completed.
 
-    Steps that are damaged are passed over with one warning.
+    Steps that are damaged are passed over with one warning. All processes of a run call this
+    together, and get the same.
 
     Args:
         folder: the checkpoints folder.
         trees: those that will be loaded, and so are checked; None for all.
+        wanted: progress -> whether the step is of use; None: every step is.
 
     Raises:
         CheckpointError: there are steps and all of them are damaged.
     """
     damaged: list[str] = []
-    for step in reversed(steps(folder)):
+    (listed, *_) = exchange("listing checkpoints", json.dumps(steps(folder)), SLOWEST_SECONDS)
+    for step in reversed(json.loads(listed)):
         problem = damage(folder / str(step), trees)
+        if problem is None and wanted and not wanted(_open(folder / str(step)).progress):
+            continue
         if problem is None:
             if damaged:
                 log.warning(
@@ -124,10 +149,18 @@ def find(path: str | Path, trees: Sequence[str] | None = None) -> Checkpoint:
 def damage(folder: Path, trees: Sequence[str] | None = None) -> str | None:
     """What is wrong with a step's files, or None: every size and SHA-256 is as it was written.
 
+    Of several processes, which call this together, each checks a share of the files.
+
     Args:
         folder: the step's folder.
         trees: checks only these of the state (the files beside it always).
     """
+    found = exchange("checking a checkpoint", _damage_of_share(folder, trees), SLOWEST_SECONDS)
+    return next((problem for problem in found if problem), None)
+
+
+def _damage_of_share(folder: Path, trees: Sequence[str] | None) -> str:
+    """What is wrong with the files that this process checks, or nothing."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         listed = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
@@ -141,31 +174,20 @@ def damage(folder: Path, trees: Sequence[str] | None = None) -> str | None:
         unused = [name for name in listed if _tree_of(name) not in (None, *trees)]
         for name in unused:
             del listed[name]
-    problems = _each(lambda name: _file_damage(folder / name, *listed[name]), sorted(listed))
+    share = sorted(listed)[jax.process_index() :: jax.process_count()]
+    problems = each(lambda name: file_damage(folder / name, *listed[name]), share)
     if found := [f"{name} {text}" for name, text in problems if text]:
         return found[0]
     step = json.loads((folder / PROGRESS).read_bytes())["step"]
     if folder.name.isdecimal() and int(folder.name) != step:
         return f"it is step {step} under another number"
-    return None
+    return ""
 
 
 def _tree_of(name: str) -> str | None:
     """The tree of the state that a file belongs to: state/params/... is of params."""
     parts = name.split("/")
     return parts[1] if parts[0] == STATE and len(parts) > 2 else None
-
-
-def _file_damage(path: Path, size: int, sha256: str) -> str | None:
-    try:
-        actual = path.stat().st_size
-        if actual != size:
-            return f"has {actual} bytes instead of {size}"
-        return None if _sha256(path) == sha256 else "has changed since it was written"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error})"
 
 
 def _open(folder: Path) -> Checkpoint:
@@ -341,7 +363,7 @@ def write_parameters(
     (folder / PROGRESS).write_text(json.dumps(record), encoding="utf-8")
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    _write_manifest(folder)
+    write_manifest(folder)
 
 
 class Writer:
@@ -349,9 +371,11 @@ class Writer:
 
     Opening it removes what an interrupted save or removal left behind. A save that fails in the
     background is raised by the next `check`, `save` or `close`; complete steps are untouched by it.
+    All processes of a run open it, and save together.
 
     Raises:
-        CheckpointError: the folder cannot be written, or another process writes to it.
+        CheckpointError: the folder cannot be written, another run writes to it, or the processes
+            do not see the same folder.
     """
 
     def __init__(self, folder: Path, policy: CheckpointConfig, copies: Sequence[Path] = ()):
@@ -360,19 +384,22 @@ class Writer:
         self._copies = copies
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(folder)
-            for leftover in folder.glob("*.tmp"):
-                shutil.rmtree(leftover)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be written ({error}).") from error
+        self._lock: int | None = None
+        if is_first():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(folder)
+                for leftover in folder.glob("*.tmp"):
+                    shutil.rmtree(leftover)
+            except OSError as error:
+                raise CheckpointError(f"{folder}: cannot be written ({error}).") from error
+        _check_shared(folder, self._lock)
 
-    def set_aside_after(self, step: int) -> None:
-        """Renames newer steps, which are damaged, so that they no longer count as checkpoints."""
-        for newer in steps(self._folder):
+    def set_aside_after(self, step: int, why: str = "damaged") -> None:
+        """Renames newer steps, so that they no longer count as checkpoints."""
+        for newer in steps(self._folder) if is_first() else ():
             if newer > step:
-                aside = self._folder / f"{newer}.damaged"
+                aside = self._folder / f"{newer}.{why}"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self._folder / str(newer)).rename(aside)
 
@@ -392,7 +419,8 @@ class Writer:
         partial = self._folder / f"{step}.tmp"
         record = {"format": FORMAT, "step": step, **progress}
         try:
-            partial.mkdir()
+            if is_first():
+                partial.mkdir()
             written = ocp.save_checkpointables_async((partial / STATE).absolute(), dict(trees))
         except Exception as error:
             raise _failed(partial, error) from error
@@ -404,15 +432,20 @@ class Writer:
         """Completes a step once Orbax has written it, and removes those no longer wanted."""
         try:
             written.result()
-            (partial / PROGRESS).write_text(json.dumps(record), encoding="utf-8")
-            for path in self._copies:
-                shutil.copyfile(path, partial / path.name)
-            _write_manifest(partial)
-            partial.rename(self._folder / str(record["step"]))
-            _sync(self._folder)
+            own = entries(partial, _own_arrays(partial)) if jax.process_count() > 1 else {}
+            hashed = exchange("hashing a checkpoint", json.dumps(own), SLOWEST_SECONDS)
+            if is_first():
+                (partial / PROGRESS).write_text(json.dumps(record), encoding="utf-8")
+                for path in self._copies:
+                    shutil.copyfile(path, partial / path.name)
+                write_manifest(partial, merged(json.loads(part) for part in hashed))
+                partial.rename(self._folder / str(record["step"]))
+                sync(self._folder)
+            exchange("completing a checkpoint", "", SLOWEST_SECONDS)
         except Exception as error:
             raise _failed(partial, error) from error
-        self._remove_old()
+        if is_first():
+            self._remove_old()
 
     def _remove_old(self) -> None:
         losses = {step: _validation_loss(self._folder / str(step)) for step in steps(self._folder)}
@@ -442,7 +475,8 @@ class Writer:
             self.wait()
         finally:
             self._thread.shutdown()
-            os.close(self._lock)
+            if self._lock is not None:
+                os.close(self._lock)
 
     def __enter__(self) -> Self:
         return self
@@ -493,9 +527,38 @@ def _lock(folder: Path) -> int:
     return handle
 
 
+def is_first() -> bool:
+    """Whether this is process 0, which does what only one process may do."""
+    return jax.process_index() == 0
+
+
+def _check_shared(folder: Path, lock: int | None) -> None:
+    """Refuses processes that each have a folder of their own, under the same name."""
+    if jax.process_count() == 1:
+        return
+    token = secrets.token_hex(16)
+    if lock is not None:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, token.encode(), 0)
+        os.fsync(lock)
+    token = exchange("opening the checkpoints", token, SLOWEST_SECONDS)[0]
+    try:
+        seen = (folder / ".lock").read_text(encoding="utf-8") == token
+    except OSError:
+        seen = False
+    sees = exchange("comparing the checkpoint folders", "1" if seen else "", SLOWEST_SECONDS)
+    blind = [str(index) for index, text in enumerate(sees) if not text]
+    if blind:
+        raise CheckpointError(
+            f"{folder}: process {', '.join(blind)} does not see the folder that process 0 sees. "
+            "Put the run (out) on a filesystem that all hosts share."
+        )
+
+
 def _failed(partial: Path, error: Exception) -> CheckpointError:
     """The error to raise for a save that did not complete; what it wrote is removed."""
-    shutil.rmtree(partial, ignore_errors=True)
+    if is_first():
+        shutil.rmtree(partial, ignore_errors=True)
     return CheckpointError(
         f"{partial.with_suffix('')}: the checkpoint could not be written ({_reason(error)}). "
         "The checkpoints before it are complete; make room or repair the disk, and run the same "
@@ -509,38 +572,6 @@ def _reason(error: Exception) -> str:
     return os.strerror(int(code[1])) if code else f"{type(error).__name__}: {error}"
 
 
-def _write_manifest(folder: Path) -> None:
-    """Puts every file of a folder on the disk, and its size and SHA-256 into the manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        _sync(path)
-    digests = _each(_sha256, files)
-    manifest = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
-        for path, digest in digests
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")), encoding="utf-8")
-    _sync(folder / MANIFEST)
-    for path in (*folder.rglob("*"), folder):
-        if path.is_dir():
-            _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _each(function: Any, items: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """(item, function(item)) for each, several at a time: hashing leaves Python's lock alone."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(zip(items, pool.map(function, items), strict=True))
+def _own_arrays(partial: Path) -> list[Path]:
+    """The files that this process has written: Orbax keeps those of each process apart."""
+    return files_in(partial / STATE, f"*/ocdbt.process_{jax.process_index()}/**/*")

@@ -4,56 +4,50 @@ The same command starts a run and continues it. Batch number n is a function of 
 step a function of (state, batch), so a run that was stopped ends with the bits of one that was not.
 """
 
+import functools
 import math
-import os
-import signal
-import threading
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
 
 from llama_jax import config as schema
 from llama_jax import tokenizer as tokenizers
-from llama_jax.config import ConfigError, TrainConfig
+from llama_jax.config import ConfigError, TrainConfig, batch_of
 from llama_jax.data.loader import Loader
 from llama_jax.data.shards import read_meta
-from llama_jax.model.count import flops_per_token, n_parameters
 from llama_jax.model.llama import Llama
-from llama_jax.train import checkpoint
-from llama_jax.train.checkpoint import CONFIG, Checkpoint, Writer
-from llama_jax.train.metrics import (
-    PLOT,
-    Clock,
-    Journal,
-    Screen,
-    describe,
-    duration,
-    peak_flops,
-    plot_losses,
-)
+from llama_jax.train import checkpoint, spikes
+from llama_jax.train.checkpoint import CONFIG, Checkpoint, Writer, is_first
+from llama_jax.train.checksum import difference, make_checksums
+from llama_jax.train.goodput import Clock, Ledger
+from llama_jax.train.metrics import Journal, Screen, plot_losses
 from llama_jax.train.optimizer import Optimizer
+from llama_jax.train.processes import joined
+from llama_jax.train.profile import Profiler
 from llama_jax.train.program import make_program
+from llama_jax.train.report import Reporter, TrainingError, introduction, is_due, summary
+from llama_jax.train.spikes import Spike, Window
 from llama_jax.train.step import Batch, TrainState, init_state, lm_loss, make_evaluation
+from llama_jax.train.stop import StopRequest, both_wishes, wishes
+from sharding.distributed import barrier, from_local_rows, local_rows
 
 DONE, STOPPED = 0, 75
-MOST_SKIPPED_IN_ROW = 3
+SLOWEST_SECONDS = 600.0  # for a process to come where the others are
 CHECKPOINTS = "checkpoints"
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says why, and what to try."""
 
 
 class Plan(NamedTuple):
     """All that is decided before anything is allocated.
 
+    rows: of a batch, those that this process reads.
     The fields from model on are those of train.program.Program.
     """
 
@@ -61,6 +55,7 @@ class Plan(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     data: Loader
     validation: Loader | None
+    rows: np.ndarray
     model: Llama
     optimizer: Optimizer
     mesh: Mesh
@@ -72,14 +67,19 @@ class Plan(NamedTuple):
 class Programs(NamedTuple):
     """What is compiled, once per run.
 
-    step: (state, batch) -> (state, metrics); the old state is given up.
+    step: (state, batch) -> (state, metrics); the old state is given up. Several processes add to
+        the batch what each wants (`wishes`), and read the answer in metrics["stop"].
     evaluate: (params, batch) -> sums; None without validation data.
     is_finite: state -> bool.
+    checksums: state -> a checksum for each device; None where no two devices hold the same.
+    groups: what the columns of the checksums are.
     """
 
     step: Any
     evaluate: Any
     is_finite: Any
+    checksums: Any
+    groups: Any
 
 
 class Progress(NamedTuple):
@@ -89,12 +89,16 @@ class Progress(NamedTuple):
     validation_loss: of this step, None if it was not measured.
     best_loss: lowest validation loss so far.
     without_best: validation losses since then.
+    skipped: windows of batches that were skipped, or will be.
+    losses: what the rule for spikes remembers.
     """
 
     step: int = 0
     validation_loss: float | None = None
     best_loss: float | None = None
     without_best: int = 0
+    skipped: tuple[Window, ...] = ()
+    losses: dict[str, Any] = {}  # noqa: RUF012
 
     def after_step(self) -> "Progress":
         """One batch later."""
@@ -115,61 +119,101 @@ def train(config: TrainConfig) -> int:
 
     A checkpoint is written every `checkpoint.every` steps, at each new best validation loss, and at
     the end. SIGTERM and Ctrl-C let the step under way finish and save it; a second one ends the
-    process at once.
+    process at once. Of several processes each calls this, and each ends in the same way.
 
     Raises:
         ConfigError: the configuration does not fit the devices, the data, the tokenizer or the run
             in `out`; nothing has been allocated.
         CheckpointError: a checkpoint cannot be written, or none is intact.
-        TrainingError: three updates in a row were not finite. The last good checkpoint stays.
+        TrainingError: three updates in a row were not finite, or devices that should hold the same
+            do not. The last good checkpoint stays.
     """
     clock = Clock("startup")
-    plan = make_plan(config)
-    out = Path(config.out)
+    with joined(config, clock):
+        plan = make_plan(config)
+        compiled = functools.cache(lambda: compile_programs(plan))
+        for _ in range(config.spikes.most + 1):
+            try:
+                return train_on(plan, compiled, clock)
+            except Spike as spike:
+                skip_batches_of(spike, plan, clock)
+        raise TrainingError(
+            f"{config.spikes.most} spikes of the loss were skipped, and another came "
+            "(spikes.most). Lower optimizer.peak_lr, or look at the data"
+        )
+
+
+def train_on(plan: Plan, compiled: Callable[[], Programs], clock: Clock) -> int:
+    """Trains from the newest checkpoint, or the beginning, to the end; returns the exit code.
+
+    Raises:
+        Spike: the run is to go on from an earlier checkpoint; further as `train`.
+    """
+    config, out = plan.config, Path(plan.config.out)
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(plan.mesh))
         stop = stack.enter_context(StopRequest())
+        profiler = stack.enter_context(Profiler(out, config.profile))
         tokenizer_copy = out / plan.tokenizer.file_name
         copies = [out / CONFIG, tokenizer_copy]
         writer = stack.enter_context(Writer(out / CHECKPOINTS, config.checkpoint, copies))
-        found = checkpoint.newest(out / CHECKPOINTS)
-        progress = Progress()
-        if found:
-            check_resumable(plan, found)
-            writer.set_aside_after(found.step)
-            progress = Progress(**{name: found.progress[name] for name in Progress._fields})
-        schema.save(config, out / CONFIG)
-        tokenizer_copy.write_bytes(plan.tokenizer.model)
-        journal = stack.enter_context(Journal(out, progress.step, config, config.wandb))
-        screen = stack.enter_context(Screen(progress.step, config.steps))
-        screen.say(introduction(plan, progress))
+        windows = spikes.united((*config.skip_batches, *spikes.read_skipped(out)))
+        found = find_start(plan, writer, windows)
+        progress = started_from(found)._replace(skipped=windows)
+        ledger = journal = None
+        if is_first():
+            schema.save(config, out / CONFIG)
+            tokenizer_copy.write_bytes(plan.tokenizer.model)
+            ledger = Ledger(out, clock)
+            journal = stack.enter_context(Journal(out, progress.step, config, config.wandb))
+        screen = stack.enter_context(
+            Screen(progress.step, config.steps, None if is_first() else Console(quiet=True))
+        )
+        screen.say(introduction(config, plan.mesh, progress.step))
         if is_over(config, progress):
             screen.say("nothing is left to do; raise steps (or patience) to go on")
+            if ledger:
+                ledger.write(ended=True)
             return DONE
 
         clock.switch("compile")
-        programs = compile_programs(plan)
+        programs = compiled()
         clock.switch("startup")
         state = restored_state(plan, found) if found else new_state(plan)
         saved_step = found.step if found else None
-        reporter = Reporter(plan, progress.step, journal, screen, clock)
-        batches = stack.enter_context(closing(plan.data.batches(progress.step)))
+        clock.step = progress.step
+        detector = spikes.Detector(config.spikes, progress.losses)
+        reporter = Reporter(
+            config, plan.mesh, progress.step, journal, screen, clock, ledger, detector
+        )
+        batches = stack.enter_context(closing(unskipped(plan.data, progress.step, windows)))
         batch = place(plan, next(batches))
+        wish = both_wishes(plan.mesh)
 
-        while not is_over(config, progress) and not stop.requested:
+        while not is_over(config, progress) and not stops(stop, reporter):
             clock.switch("step")
-            state, metrics = programs.step(state, batch)
+            if said := profiler.before_step(progress.step + 1, state.step):
+                screen.say(said)
+            with jax.profiler.StepTraceAnnotation("train", step_num=progress.step + 1):
+                state, metrics = programs.step(state, batch | wish[stop.requested is not None])
             progress = progress.after_step()
+            clock.step = progress.step
             clock.switch("data")  # while the devices are busy with the step
             batch = place(plan, next(batches))
+            clock.settle("data" if metrics["loss"].is_ready() else "ahead")
             reporter.report(progress.step, metrics)
             writer.check()
+            if ledger:
+                ledger.sign_of_life()
+
+            if config.checksum_every and progress.step % config.checksum_every == 0:
+                check_replicas(plan, programs, state, progress.step)
 
             is_best = False
             if plan.validation and is_due(progress.step, config.evaluate_every, config):
                 reporter.flush()
                 clock.switch("validation")
-                loss = measure(plan, plan.validation, programs, state)
+                loss = measure(plan, plan.validation, programs, state, clock)
                 progress = progress.measured(loss)
                 is_best = progress.without_best == 0
                 reporter.validation(progress.step, loss, is_best)
@@ -178,17 +222,23 @@ def train(config: TrainConfig) -> int:
             if is_kept or is_due(progress.step, config.checkpoint.every, config):
                 reporter.flush()
                 clock.switch("checkpoint")
+                progress = progress._replace(losses=detector.memory())
                 save(plan, programs, writer, state, progress)
                 saved_step = progress.step
 
         reporter.flush()
         clock.switch("checkpoint")
         if progress.step != saved_step:
+            progress = progress._replace(losses=detector.memory())
             save(plan, programs, writer, state, progress)
         writer.wait()
         clock.switch("end")
-        plot_losses(out)
-        screen.say(summary(plan, progress, stop, clock))
+        if ledger:
+            plot_losses(out)
+            ledger.write(ended=True)
+        last = out / CHECKPOINTS / str(progress.step)
+        how = ending(config, progress, stop)
+        screen.say(summary(how, progress.best_loss, last, clock, ledger))
     return DONE if is_over(config, progress) else STOPPED
 
 
@@ -198,9 +248,14 @@ def is_over(config: TrainConfig, progress: Progress) -> bool:
     return progress.step >= config.steps or impatient
 
 
-def is_due(step: int, every: int, config: TrainConfig) -> bool:
-    """Whether something is due after a step: each `every` steps, and after the last."""
-    return step % every == 0 or step == config.steps
+def ending(config: TrainConfig, progress: Progress, stop: StopRequest) -> str:
+    """How it ended, in a line."""
+    if progress.step >= config.steps:
+        return f"done: {progress.step:,} steps"
+    if is_over(config, progress):
+        return f"stopped after step {progress.step:,}: no better validation loss for a while"
+    who = stop.requested or "a signal to another process"
+    return f"stopped by {who} after step {progress.step:,}; the same command goes on"
 
 
 # Before the run -----------------------------------------------------------------------------------
@@ -212,26 +267,30 @@ def make_plan(config: TrainConfig) -> Plan:
     Raises:
         ConfigError: they do not fit together.
     """
-    if jax.process_count() > 1:
-        raise ConfigError("training over several processes is not supported yet; start one")
     tokenizer = tokenizers.load(config.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"{config.tokenizer} has {tokenizer.vocab_size} pieces, but model.vocab_size is "
             f"{config.model.vocab_size}; use a model whose vocab_size is at least that"
         )
-    data, validation = open_data(config, tokenizer)
-    return Plan(config, tokenizer, data, validation, *make_program(config))
+    program = make_program(config)
+    own_rows = local_rows(program.batch["tokens"])
+    data, validation = open_data(config, tokenizer, own_rows)
+    return Plan(config, tokenizer, data, validation, own_rows, *program)
 
 
-def open_data(config: TrainConfig, tokenizer: tokenizers.Tokenizer) -> tuple[Loader, Loader | None]:
+def open_data(
+    config: TrainConfig, tokenizer: tokenizers.Tokenizer, rows: np.ndarray
+) -> tuple[Loader, Loader | None]:
     """Training and validation data; None for the latter where the corpora have none.
+
+    `rows` of each batch are read.
 
     Raises:
         ConfigError: patience is set and there is nothing to be impatient with.
         DataError: a corpus is unfinished, damaged, or made with another tokenizer.
     """
-    check = (config.seed, config.model.vocab_size, tokenizer.fingerprint)
+    check = (config.seed, config.model.vocab_size, tokenizer.fingerprint, rows)
     data = Loader(config.data, "train", *check)
     if any(read_meta(source.path).validation for source in config.data.sources):
         return data, Loader(config.data, "validation", *check)
@@ -241,6 +300,51 @@ def open_data(config: TrainConfig, tokenizer: tokenizers.Tokenizer) -> tuple[Loa
             "validation_fraction, or leave patience out"
         )
     return data, None
+
+
+def find_start(plan: Plan, writer: Writer, windows: tuple[Window, ...]) -> Checkpoint | None:
+    """The checkpoint to go on from: the newest intact one that has passed no batch to be skipped.
+
+    Newer ones no longer count. None for a run that begins.
+
+    Raises:
+        ConfigError: this configuration does not continue the run, or no checkpoint is early enough.
+    """
+    folder = Path(plan.config.out) / CHECKPOINTS
+    found = checkpoint.newest(folder, wanted=lambda saved: spikes.continues(saved, windows))
+    if found:
+        check_resumable(plan, found)
+        goes_back = started_from(found).skipped != windows
+        writer.set_aside_after(found.step, "rewound" if goes_back else "damaged")
+    elif checkpoint.steps(folder):
+        raise ConfigError(
+            f"{folder}: every checkpoint has been trained on batches that are to be skipped, or "
+            "has skipped others. Skip later batches (skip_batches), or begin a new run (out)"
+        )
+    barrier("finding the checkpoint to go on from", SLOWEST_SECONDS)
+    return found
+
+
+def started_from(found: Checkpoint | None) -> Progress:
+    """What is known at the start; fields that an older release did not save are as in a new run."""
+    saved = found.progress if found else {}
+    known = {name: saved[name] for name in Progress._fields if name in saved}
+    skipped = spikes.united((first, after) for first, after in known.get("skipped", ()))
+    return Progress(**{**known, "skipped": skipped})
+
+
+def skip_batches_of(spike: Spike, plan: Plan, clock: Clock) -> None:
+    """Keeps the window of a spike among those the run skips from now on."""
+    out = Path(plan.config.out)
+    chosen = spikes.read_skipped(out)
+    windows = spikes.united((*plan.config.skip_batches, *chosen))
+    window = spikes.window_of(spike, plan.config.spikes, windows)
+    barrier("a spike", SLOWEST_SECONDS)  # nobody reads the file while it is written
+    if is_first():
+        spikes.write_skipped(out, spikes.united((*chosen, window)))
+        print(f"{spike}: going back, and skipping the batches {window[0]} to {window[1] - 1}")
+    barrier("skipping batches", SLOWEST_SECONDS)
+    clock.switch("startup")
 
 
 def check_resumable(plan: Plan, found: Checkpoint) -> None:
@@ -261,16 +365,20 @@ def compile_programs(plan: Plan) -> Programs:
     """Compiles for the shapes of the plan."""
     config = plan.config
     loss_fn = lm_loss(plan.model, config.z_loss)
-    evaluate = jax.jit(make_evaluation(loss_fn, config.accumulate))
+    everywhere = NamedSharding(plan.mesh, PartitionSpec())
+    evaluate = jax.jit(make_evaluation(loss_fn, config.accumulate), out_shardings=everywhere)
     is_finite = jax.jit(
         lambda state: jnp.all(
             jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)])
         )
     )
+    checksums, groups = make_checksums(plan.state, plan.mesh) or (None, ())
     return Programs(
-        plan.step.lower(plan.state, plan.batch).compile(),
+        plan.step.lower(plan.state, plan.batch | wishes(plan.mesh)).compile(),
         evaluate.lower(plan.state.params, plan.batch).compile() if plan.validation else None,
         is_finite.lower(plan.state).compile(),
+        checksums and jax.jit(checksums).lower(plan.state).compile(),
+        groups,
     )
 
 
@@ -305,45 +413,52 @@ def _saved_trees(state: TrainState) -> dict[str, Any]:
 # During the run -----------------------------------------------------------------------------------
 
 
-class StopRequest:
-    """Turns the first SIGTERM or Ctrl-C into a wish, which the loop reads between steps.
+def stops(stop: StopRequest, reporter: Reporter) -> bool:
+    """Whether to stop now: one process at once, several when all of them know."""
+    return reporter.stop_agreed if jax.process_count() > 1 else stop.requested is not None
 
-    The second one ends the process, as it would without us.
-    """
 
-    def __init__(self) -> None:
-        self.requested: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # others get no signals
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.requested = signal.Signals(number).name
-        # Not print: the signal may have come while something else was being printed.
-        os.write(2, b"\nfinishing this step and saving; the same signal again ends at once\n")
+def unskipped(data: Loader, step: int, windows: tuple[Window, ...]) -> Any:
+    """The batches of the steps after `step`, with those of the windows left out."""
+    start = batch_of(step, windows)
+    for first, after in windows:
+        if first >= start:
+            yield from data.batches(start, first)
+            start = after
+    yield from data.batches(start)
 
 
 def place(plan: Plan, batch: dict[str, np.ndarray]) -> Batch:
-    """A batch of the loader on the devices; returns before it has arrived."""
-    return {name: jax.device_put(batch[name], x.sharding) for name, x in plan.batch.items()}
+    """This process's rows of a batch on its devices; returns before they have arrived."""
+    if jax.process_count() == 1:
+        return {name: jax.device_put(batch[name], x.sharding) for name, x in plan.batch.items()}
+    return {name: from_local_rows(x, plan.rows, batch[name]) for name, x in plan.batch.items()}
 
 
-def measure(plan: Plan, validation: Loader, programs: Programs, state: TrainState) -> float:
+def check_replicas(plan: Plan, programs: Programs, state: TrainState, step: int) -> None:
+    """Compares what several devices hold alike.
+
+    Raises:
+        TrainingError: naming the device that differs.
+    """
+    if programs.checksums is None:
+        return
+    sums = np.asarray(programs.checksums(state))
+    if found := difference(sums, programs.groups, plan.mesh):
+        raise TrainingError(
+            f"silent corruption after step {step}: {found}. The checkpoints are from before; run "
+            "the same command without that device's host to go on"
+        )
+
+
+def measure(
+    plan: Plan, validation: Loader, programs: Programs, state: TrainState, clock: Clock
+) -> float:
     """The validation loss in nats per token."""
     assert validation.steps is not None  # only training data is endless
     total = weight = 0.0
     for number in range(min(plan.config.evaluate_batches, validation.steps)):
+        clock.switch("validation")
         sums = jax.device_get(
             programs.evaluate(state.params, place(plan, validation.batch(number)))
         )
@@ -357,8 +472,10 @@ def save(
     """Begins a checkpoint. The data and every random draw follow from the seed and the step.
 
     Raises:
-        TrainingError: the state is not finite; nothing is written.
+        TrainingError: the state is not finite, or differs between devices; nothing is written.
     """
+    if plan.config.checksum_every:
+        check_replicas(plan, programs, state, progress.step)
     if not programs.is_finite(state):
         raise TrainingError(
             f"parameters or optimizer state are not finite after step {progress.step}, which is "
@@ -371,118 +488,11 @@ def save(
         {
             **progress._asdict(),
             "seed": plan.config.seed,
-            "data": {"seed": plan.config.seed, "next_batch": progress.step},
+            "data": {
+                "seed": plan.config.seed,
+                "next_batch": batch_of(progress.step, progress.skipped),
+            },
             "tokenizer": plan.tokenizer.fingerprint,
             "versions": {name: version(name) for name in libraries},
         },
-    )
-
-
-class Reporter:
-    """Takes each step's metrics, and reads them one step late, so that no device waits for it."""
-
-    def __init__(self, plan: Plan, step: int, journal: Journal, screen: Screen, clock: Clock):
-        self._config = plan.config
-        self._journal, self._screen, self._clock = journal, screen, clock
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        rows, length = plan.config.data.batch_size, plan.config.data.sequence_length
-        self._tokens = rows * length
-        self._flops = flops_per_token(plan.config.model, length)
-        peak = peak_flops(plan.mesh.devices.flat[0].device_kind)
-        self._peak = peak and peak * plan.mesh.size
-        self._first = step
-        self._last = step, *self._seconds()
-        self._speed: dict[str, float] = {}
-
-    def report(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step under way; tells those of the one before.
-
-        Raises:
-            TrainingError: that was the third in a row without an update.
-        """
-        self.flush()
-        self._pending = step, metrics
-
-    def flush(self) -> None:
-        """Waits for the step under way and tells its metrics; raises as `report` does."""
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        self._clock.switch("step")
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._clock.switch("report")
-        is_logged = is_due(step, self._config.log_every, self._config)
-        if is_logged:
-            self._speed = self._measure_speed(step)
-            self._journal.write(step, values | self._speed)
-        left = sum(self._seconds()) / (step - self._first) * (self._config.steps - step)
-        self._screen.step(step, describe(values | self._speed, left), stays=is_logged)
-        if values["skipped_in_row"]:
-            self._screen.say(f"step {step}: loss or gradient is not finite; update skipped")
-        if values["skipped_in_row"] >= MOST_SKIPPED_IN_ROW:
-            raise TrainingError(
-                f"loss or gradient was not finite in {MOST_SKIPPED_IN_ROW} steps in a row (until "
-                f"step {step}). {self._config.out} keeps the checkpoints before it. Lower "
-                "optimizer.peak_lr, lengthen the warmup, or look at the data of these steps"
-            )
-
-    def validation(self, step: int, loss: float, is_best: bool) -> None:
-        """Tells a validation loss."""
-        self._journal.write(step, {"validation_loss": loss})
-        self._screen.say(f"step {step}  validation loss {loss:.4f}{'  (best)' if is_best else ''}")
-
-    def _measure_speed(self, step: int) -> dict[str, float]:
-        """Tokens per second since the last such call, the share of the peak that makes, and the
-        share of the time that this thread spent on data and reports instead of waiting for a step.
-        """
-        waited, worked = self._seconds()
-        steps, seconds = step - self._last[0], waited + worked - sum(self._last[1:])
-        host_share = (worked - self._last[2]) / seconds
-        self._last = step, waited, worked
-        speed = {"tokens_per_second": steps * self._tokens / seconds, "host_share": host_share}
-        if self._peak:
-            speed["mfu"] = speed["tokens_per_second"] * self._flops / self._peak
-        return speed
-
-    def _seconds(self) -> tuple[float, float]:
-        """Time so far that was spent waiting for steps, and on what belongs to them."""
-        seconds = self._clock.seconds()
-        return seconds.get("step", 0.0), seconds.get("data", 0.0) + seconds.get("report", 0.0)
-
-
-# Words --------------------------------------------------------------------------------------------
-
-
-def introduction(plan: Plan, progress: Progress) -> str:
-    """What will be trained on what."""
-    config, mesh = plan.config, plan.mesh
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-    tokens = config.steps * config.data.batch_size * config.data.sequence_length
-    lines = [
-        f"{n_parameters(config.model):,} parameters, {config.compute.dtype}, on {mesh.size} x "
-        f"{mesh.devices.flat[0].device_kind}{f' ({axes})' if axes else ''}",
-        f"{config.steps:,} steps of {config.data.batch_size} x {config.data.sequence_length} "
-        f"tokens ({tokens:,} in all) to {config.out}",
-    ]
-    if progress.step:
-        lines.append(f"going on from step {progress.step:,}")
-    return "\n".join(lines)
-
-
-def summary(plan: Plan, progress: Progress, stop: StopRequest, clock: Clock) -> str:
-    """How it ended and where the time went."""
-    config, out = plan.config, Path(plan.config.out)
-    if progress.step >= config.steps:
-        how = f"done: {progress.step:,} steps"
-    elif is_over(config, progress):
-        how = f"stopped after step {progress.step:,}: no better validation loss for a while"
-    else:
-        how = f"stopped by {stop.requested} after step {progress.step:,}; the same command goes on"
-    seconds = clock.seconds()
-    total = sum(seconds.values())
-    parts = ", ".join(f"{name} {x / total:.1%}" for name, x in seconds.items() if x > total / 1000)
-    best = "" if progress.best_loss is None else f"\nbest validation loss {progress.best_loss:.4f}"
-    return (
-        f"{how}\n{duration(total)} in this process: {parts}{best}\n"
-        f"checkpoint {out / CHECKPOINTS / str(progress.step)}, plot {out / PLOT}"
     )

@@ -4,11 +4,11 @@ import json
 import math
 import os
 import secrets
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -40,25 +40,15 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(fits, key=len)] if fits else None
 
 
-class Clock:
-    """Wall time of a run by what its main thread was doing; every moment counts once."""
-
-    def __init__(self, activity: str):
-        self._seconds: dict[str, float] = {}
-        self._activity = activity
-        self._since = time.perf_counter()
-
-    def switch(self, activity: str) -> None:
-        """From now on the time belongs to another activity."""
-        now = time.perf_counter()
-        spent = self._seconds.get(self._activity, 0.0)
-        self._seconds[self._activity] = spent + now - self._since
-        self._activity, self._since = activity, now
-
-    def seconds(self) -> dict[str, float]:
-        """Activity -> time so far, the largest first."""
-        self.switch(self._activity)
-        return dict(sorted(self._seconds.items(), key=lambda item: -item[1]))
+def device_memory() -> dict[str, float]:
+    """Memory of each device of this process in GiB, in use and at its highest, where it is told."""
+    values = {}
+    for device in jax.local_devices():
+        stats = device.memory_stats() or {}  # None on a CPU
+        for name, key in (("memory", "bytes_in_use"), ("peak_memory", "peak_bytes_in_use")):
+            if key in stats:
+                values[f"{name}/{device.id}"] = stats[key] / 2**30
+    return values
 
 
 class Journal:

@@ -10,13 +10,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import ConfigError, TrainConfig
 from llama_jax.model.llama import Llama
 from llama_jax.model.ops.kernels import chosen
 from llama_jax.train.optimizer import Optimizer, adamw
-from llama_jax.train.step import TrainState, init_state, lm_loss, make_step, state_axes
+from llama_jax.train.step import (
+    Batch,
+    Scalars,
+    TrainState,
+    init_state,
+    lm_loss,
+    make_step,
+    state_axes,
+)
 from sharding.mesh import make_mesh
 from sharding.partition import shardings
 from sharding.rules import PRESETS
@@ -35,7 +43,8 @@ class Program(NamedTuple):
 
     state, batch: trees of ShapeDtypeStructs with the shardings the arrays will have.
     step: jitted (state, batch) -> (state, metrics), the old state given up; to be lowered and run
-        under `jax.set_mesh(mesh)`.
+        under `jax.set_mesh(mesh)`. Several processes add to the batch what each wants (`wishes`);
+        the largest of each is among the metrics.
     """
 
     model: Llama
@@ -74,18 +83,21 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
         batch_places = shardings(batch, batch_axes, mesh, rules)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    step = jax.jit(
-        make_step(lm_loss(model, config.z_loss), optimizer, config.accumulate),
-        donate_argnums=0,
-        out_shardings=(state_places, None),
-    )
+    train_step = make_step(lm_loss(model, config.z_loss), optimizer, config.accumulate)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+        wanted = {name: jnp.max(batch[name]) for name in batch.keys() - BATCH_TYPES.keys()}
+        state, metrics = train_step(state, {name: batch[name] for name in BATCH_TYPES})
+        return state, metrics | wanted
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
     return Program(
         model,
         optimizer,
         mesh,
         jax.tree.map(_placed, state, state_places),
         jax.tree.map(_placed, batch, batch_places),
-        step,
+        jax.jit(step, donate_argnums=0, out_shardings=(state_places, everywhere)),
     )
 
 

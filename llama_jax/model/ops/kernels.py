@@ -118,9 +118,7 @@ def _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, interpret):
         return run(kernel, q_BTNH, k_BKTH, v_BKTH, segments_BT, segments_BT)[:, :T]
     queries = rules.spec(("batch", "seq", "act_heads", None))
     keys = rules.spec(("batch", "act_kv_heads", None, None))
-    of_kernel = kernel.manual_sharding_spec(
-        NamedSharding(mesh, rules.spec(("act_heads", "seq")))
-    )
+    of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, rules.spec(("act_heads", "seq"))))
     of_segments = rules.spec(("batch", "seq")), rules.spec(("batch", None))
     return jax.shard_map(
         run,

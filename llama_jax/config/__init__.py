@@ -11,58 +11,20 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from llama_jax.config.section import ConfigError, Schema, fixed
+from llama_jax.config.section import positional as positional
+from llama_jax.config.survival import (
+    BatchWindow,
+    DistributedConfig,
+    ProfileConfig,
+    SpikeConfig,
+    batch_of,
+)
+
 T = TypeVar("T", bound="Schema")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file, the key and the remedy."""
-
-
-class Schema(BaseModel):
-    """Base of every section: frozen, hashable, no unknown keys, docstrings become help."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-    )
-
-    @classmethod
-    def spelled_out(cls, value: Any) -> Any:
-        """The section in full, where a file or a flag may write it as one word."""
-        return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spell_out(cls, value: Any) -> Any:
-        values = cls.spelled_out(value)
-        if not isinstance(values, dict):
-            return values
-        for name, given in list(values.items()):
-            field = cls.model_fields.get(name)
-            # A section that is given in part keeps the defaults of the place where it stands.
-            if field and isinstance(given, dict) and isinstance(field.default, Schema):
-                default = field.default.model_dump(exclude_unset=True, by_alias=True)
-                values = {**values, name: {**default, **given}}
-            # To Python (and so to pydantic) true is the number 1.
-            if isinstance(given, bool) and field and field.annotation in (int, float):
-                raise ValueError(f"{name} must be a number, not {str(given).lower()}")
-        return values
-
-
-def fixed(**keywords: Any) -> Any:
-    """A field that a resumed run must keep: changing it would change what the run is."""
-    return Field(json_schema_extra={"resume": "fixed"}, **keywords)
-
-
-def positional(**keywords: Any) -> Any:
-    """A field that may also be given without its flag, by its place among such fields."""
-    return Field(json_schema_extra={"positional": True}, **keywords)
 
 
 class RopeScaling(Schema):
@@ -400,9 +362,23 @@ class TrainConfig(Schema):
     """Stop after this many validation losses without a new best."""
     wandb: str | None = None
     """Weights & Biases project to log to besides (extra: track)."""
+    restarts: int = Field(default=0, ge=0)
+    """Start again after a crash, at most this often: a parent process keeps watch."""
+    distributed: DistributedConfig = DistributedConfig()
+    """How the processes of a run over several hosts find and watch each other."""
+    checksum_every: int | None = Field(default=100, gt=0)
+    """Steps between comparisons of what should be equal on several devices; none: never."""
+    skip_batches: tuple[BatchWindow, ...] = ()
+    """Batches never to be trained on, as [first, after the last]; a run that has passed the first
+    goes back to a checkpoint before it."""
+    spikes: SpikeConfig = SpikeConfig()
+    """When to skip batches after a rise of the loss without being asked."""
+    profile: ProfileConfig = ProfileConfig()
+    """Which steps to record for TensorBoard; SIGUSR1 records the next ones at any time."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        batch_of(0, self.skip_batches)  # raises where windows overlap
         rows, parts = self.data.batch_size, self.accumulate
         if rows % parts:
             raise ValueError(f"data.batch_size ({rows}) must be a multiple of accumulate ({parts})")
@@ -450,7 +426,7 @@ class DemoConfig(Schema):
 
 def configs_folder() -> Path:
     """The configs/ folder: inside the package when installed, beside it in a clone."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 

@@ -1,0 +1,73 @@
+"""Who holds up the others, and what the processes hear of each other."""
+
+import pytest
+
+from llama_jax.config import DistributedConfig
+from llama_jax.train.watchdog import Peer, hung, watch_port
+
+SETTINGS = DistributedConfig(hang_seconds=45)
+
+
+def peer(index, changes=100, activity="step", stuck=0.0, usual=1.0, **more):
+    return Peer(index, "host", 50, changes, activity, 0.0, stuck, usual, **more)
+
+
+def test_all_is_well_while_there_is_progress():
+    assert hung([peer(0), peer(1, changes=99)], SETTINGS) is None
+    assert hung([peer(0, stuck=44.0), peer(1, stuck=44.0)], SETTINGS) is None
+
+
+def test_the_one_that_has_done_the_least_is_named():
+    """The others wait for it in a collective, and are as long without progress."""
+    peers = [peer(0, stuck=50.0), peer(1, changes=98, activity="data", stuck=50.0), peer(2)]
+    text, guilty = hung(peers, SETTINGS)
+    assert text == "process 1 on host hangs in 'data': no progress for 50 s after step 50"
+    assert guilty == (1,)
+
+
+def test_a_device_that_hangs_is_told_by_its_process_being_behind():
+    """All of them wait for their devices, and one for a step that the others have done."""
+    peers = [peer(0, stuck=50.0), peer(1, changes=98, stuck=50.0), peer(2, stuck=50.0)]
+    assert hung(peers, SETTINGS)[1] == (1,)
+
+
+def test_of_those_that_are_level_it_is_not_the_one_that_waits_for_devices():
+    peers = [peer(0, stuck=50.0), peer(1, stuck=50.0, activity="report")]
+    assert hung(peers, SETTINGS)[1] == (1,)
+
+
+def test_where_all_wait_for_devices_all_are_named():
+    text, guilty = hung([peer(0, stuck=50.0), peer(1, stuck=50.0)], SETTINGS)
+    assert text == "no progress for 50 s after step 50: all processes wait in 'step'"
+    assert guilty == (0, 1)
+
+
+def test_a_lone_process_can_hang_too():
+    assert hung([peer(0, stuck=50.0)], SETTINGS)[0].startswith("process 0 on host hangs in 'step'")
+
+
+@pytest.mark.parametrize(("usual", "limit"), [(1.0, 45.0), (30.0, 300.0), (0.0, 600.0)])
+def test_long_steps_have_longer(usual, limit):
+    """Ten usual steps; before the first is done, ten minutes."""
+    assert hung([peer(0, stuck=limit - 1, usual=usual)], SETTINGS) is None
+    assert hung([peer(0, stuck=limit + 1, usual=usual)], SETTINGS) is not None
+
+
+@pytest.mark.parametrize("activity", ["startup", "compile", "checkpoint"])
+def test_waiting_for_a_slow_disk_or_compiler_is_no_hang(activity):
+    """Nor is waiting for the process that does."""
+    peers = [peer(0, stuck=900.0), peer(1, changes=98, activity=activity, stuck=900.0)]
+    assert hung(peers, SETTINGS) is None
+    peers[1].stuck = 3601.0
+    assert hung(peers, SETTINGS)[1] == (1,)
+
+
+def test_one_that_has_left_does_not_count():
+    peers = [peer(0), peer(1, changes=5, stuck=900.0, left=True)]
+    assert hung(peers, SETTINGS) is None
+
+
+def test_the_port_is_beside_that_of_jax():
+    assert watch_port(8476) == 8477
+    assert watch_port(61440) == 57344  # those of a scheduler's jobs follow each other
+    assert watch_port(65535) == 61439
