@@ -183,7 +183,7 @@ def test_keeping_more_takes_more_memory_and_fewer_flops():
     keep = ("query", "key", "value", "attended", "attention_out", "gate", "up")
     kinds = [("full", ()), ("named", keep[:3]), ("named", keep), ("none", ())]
     configs = [make_config(compute={"remat": r, "remat_save": names}) for r, names in kinds]
-    sizes = {"data": 1, "fsdp": 4, "tensor": 1}
+    sizes = {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
     kept = [training_memory(config, sizes).kinds["activations"] for config in configs]
     flops = [executed_flops(training_jaxpr(config)) for config in configs]
     assert kept == sorted(set(kept))
@@ -284,7 +284,10 @@ def test_without_the_compiler_there_is_half_a_plan(monkeypatch):
 
 def test_a_mesh_must_fit_the_topology():
     topology = parse_topology("v5e:4x4")
-    assert resolved(MeshConfig(data=2, fsdp=-1), topology) == {"data": 2, "fsdp": 8, "tensor": 1}
+    assert resolved(MeshConfig(data=2, fsdp=-1), topology) == {
+        **{"data": 2, "fsdp": 8},
+        **{"context": 1, "tensor": 1},
+    }
     with pytest.raises(ConfigError, match="data=3 x tensor=1 makes 3 devices, but there are 16"):
         resolved(MeshConfig(data=3, fsdp=-1), topology)
     with pytest.raises(ConfigError, match=r"must be a multiple of mesh\.data x mesh\.fsdp"):

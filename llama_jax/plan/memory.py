@@ -109,7 +109,8 @@ def training_memory(config: TrainConfig, sizes: Mapping[str, int]) -> Memory:
         kept = widths
     layers = config.model.n_layers
     saved = {name: layers * tokens * width * wide for name, width in kept.items()}
-    block = tokens // 4 * widths["scores"] * 8 // 5  # the last block of queries sees every key
+    # The last of four blocks of queries sees every key; a kernel keeps no scores.
+    block = tokens // 4 * widths["scores"] * 8 // 5
     working = tokens * sum(widths.values()) * wide + block * MASTER
     logits = _logits(config, sizes, rules, wide)
 
@@ -146,9 +147,13 @@ def training_memory(config: TrainConfig, sizes: Mapping[str, int]) -> Memory:
 def _layer_widths(config: TrainConfig, sizes: Mapping[str, int], rules: Rules) -> dict[str, int]:
     """What the backward pass of one layer needs, in numbers per token of a device.
 
-    Scores are those of four blocks of queries, each against the keys up to its end: 5/8 of them.
+    Scores are those of four blocks of queries, each against the keys up to its end: 5/8 of them;
+    none where a kernel computes attention. Between blocks a token is on one device of `tensor`.
     """
     model, length = config.model, config.data.sequence_length
+    scores = length * 5 // 8 if config.compute.attention == "xla" else 0
+    stream = local((length, model.d_model), ("residual_seq", "act_embed"), sizes, rules)
+    stream //= local((length,), ("seq",), sizes, rules)
 
     def width(count: int, axis: str) -> int:
         return local((count,), (axis,), sizes, rules)
@@ -157,15 +162,15 @@ def _layer_widths(config: TrainConfig, sizes: Mapping[str, int], rules: Rules) -
     keys = width(model.n_kv_heads, "act_kv_heads") * model.d_head
     inner = width(model.d_ff, "act_mlp")
     return {
-        "input": model.d_model,
-        "attention norm": model.d_model,
+        "input": stream,
+        "attention norm": stream,
         "query": queries,
         "key": keys,
         "value": keys,
-        "scores": width(model.n_heads, "act_heads") * length * 5 // 8,
+        "scores": width(model.n_heads, "act_heads") * scores,
         "attended": queries,
-        "attention_out": model.d_model,
-        "feed-forward norm": model.d_model,
+        "attention_out": stream,
+        "feed-forward norm": stream,
         "gate": inner,
         "up": inner,
         "activated": inner,

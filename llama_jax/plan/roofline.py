@@ -96,9 +96,10 @@ def training_wire(
 ) -> Wire:
     """The same in closed form: what the rules make XLA send.
 
-    Weights are gathered over fsdp in the compute type for the forward pass, the backward pass and,
-    where it is recomputed, once more; fp32 gradients are summed over data and fsdp (a TPU's
-    compiler writes all-reduces); each layer's sums over tensor are two in every such pass.
+    Weights are gathered over fsdp x context in the compute type for the forward pass, the backward
+    pass and, where it is recomputed, once more; fp32 gradients are summed over these and data (a
+    TPU's compiler writes all-reduces); each layer's sums over tensor are two in every such pass,
+    and its keys and values are gathered over context.
 
     Args:
         config: the run.
@@ -108,15 +109,26 @@ def training_wire(
     """
     wide = BF16 if config.compute.dtype == "bfloat16" else MASTER
     passes = 2 if config.compute.remat == "none" else 3
-    gathered = held * sizes["fsdp"]  # what a device computes with
+    split = sizes["fsdp"] * sizes["context"]
+    gathered = held * split  # what a device computes with
     rows = config.data.batch_size // config.accumulate // (sizes["data"] * sizes["fsdp"])
-    summed = rows * config.data.sequence_length * config.model.d_model * wide
+    tokens = rows * config.data.sequence_length
+    summed = tokens // sizes["context"] * config.model.d_model * wide
+    keys = config.model.n_kv_heads * config.model.d_head // sizes["tensor"]
     amounts = {
-        ("fsdp",): config.accumulate * passes * gathered * wide * _ring(sizes["fsdp"]),
-        ("data", "fsdp"): config.accumulate
+        ("fsdp", "context"): config.accumulate * passes * gathered * wide * _ring(split),
+        ("data", "fsdp", "context"): config.accumulate
         * 2
-        * (gathered * _ring(sizes["fsdp"]) + held * _ring(sizes["data"]))
+        * (gathered * _ring(split) + held * _ring(sizes["data"]))
         * MASTER,
+        ("context",): config.accumulate
+        * passes
+        * config.model.n_layers
+        * 2
+        * tokens
+        * keys
+        * wide
+        * _ring(sizes["context"]),
         ("tensor",): config.accumulate
         * passes
         * config.model.n_layers
@@ -165,7 +177,7 @@ def training_traffic(config: TrainConfig, sizes: Mapping[str, int], memory: Memo
     update = held * (2 * (MASTER + MOMENTS) + 2 * MASTER * config.accumulate)
     passes = 2 if config.compute.remat == "none" else 3
     wide = BF16 if config.compute.dtype == "bfloat16" else MASTER
-    weights = 2 * passes * held * sizes["fsdp"] * wide
+    weights = 2 * passes * held * sizes["fsdp"] * sizes["context"] * wide
     layers = config.model.n_layers * memory.kinds["working set"] * 2 * passes
     loss = config.compute.loss_chunks * memory.kinds["logits"] * 2
     return update + config.accumulate * (weights + layers + loss)

@@ -60,15 +60,16 @@ def search(config: PlanConfig, topology: Topology) -> list[dict[str, Any]]:
 def candidates(config: PlanConfig, topology: Topology) -> Iterator[PlanConfig]:
     """Every mesh of powers of two, with as few parts as fit for each way to rematerialise.
 
-    The rows of a step stay those of the configuration; fewer parts are more rows at a time.
+    A row's tokens are split as the configuration says. The rows of a step stay those of the configuration; fewer parts are more rows at a time.
     """
-    devices, rows = topology.devices, config.data.batch_size
+    context = config.mesh.context
+    devices, rows = topology.devices // context, config.data.batch_size
     for tensor in _powers(min(devices, 16)):
         for fsdp in _powers(devices // tensor):
             if devices % (fsdp * tensor):
                 continue
             data = devices // (fsdp * tensor)
-            mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+            mesh = MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor)
             for remat, names in REMAT:
                 compute = {**config.compute.model_dump(), "remat": remat, "remat_save": names}
                 for accumulate in _powers(max(rows // (data * fsdp), 1)):
