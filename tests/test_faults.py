@@ -136,8 +136,8 @@ def test_two_processes_are_one_and_one_can_go_on_for_two(runs, alone):
     assert_close(losses(runs.folder / "pair"), alone)
 
 
-def moments(runs, name, child):
-    """Moment -> waits until the run is there; `child` gives the process to be killed."""
+def moments(runs, name):
+    """Moment -> waits until the run is there."""
     out = runs.folder / name
     draw = random.Random(name)
 
@@ -166,9 +166,13 @@ def kill_in_a_run_of(runs, name, count, faults, settings, number=signal.SIGKILL)
     processes = runs.start_several(runs.settings(name, **settings), count, *flags)
     ends = []
     for victim, moment in faults:
-        alive = [wait_until(lambda p=p: children(p), 240)[0] for p in processes]
-        heard = [len(said(process)) for process in processes]
-        moments(runs, name, alive[victim])[moment]()
+        alive, heard = [], []
+        while not alive:
+            moments(runs, name)[moment]()
+            alive = [pid for process in processes for pid in children(process)]
+            heard = [len(said(process)) for process in processes]
+            if len(alive) < count:  # one is between two starts
+                alive = []
         os.kill(alive[victim], number)
         start = time.monotonic()
         others = [i for i in range(count) if i != victim]
