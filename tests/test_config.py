@@ -462,6 +462,7 @@ def test_groups_and_mesh_sizes():
     assert list(MeshConfig(data=2, tensor=4).sizes.items()) == [
         ("data", 2),
         ("fsdp", 1),
+        ("context", 1),
         ("tensor", 4),
     ]
 

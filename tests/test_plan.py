@@ -288,7 +288,7 @@ def test_a_mesh_must_fit_the_topology():
         **{"data": 2, "fsdp": 8},
         **{"context": 1, "tensor": 1},
     }
-    with pytest.raises(ConfigError, match="data=3 x tensor=1 makes 3 devices, but there are 16"):
+    with pytest.raises(ConfigError, match="data=3 x context=1 x tensor=1 makes 3 devices"):
         resolved(MeshConfig(data=3, fsdp=-1), topology)
     with pytest.raises(ConfigError, match=r"must be a multiple of mesh\.data x mesh\.fsdp"):
         estimate(make_config(data={"batch_size": 8}), topology, compiled=False)

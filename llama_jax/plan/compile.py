@@ -73,11 +73,6 @@ class Traced(NamedTuple):
     traced: Any
     mesh: Mesh
 
-    @property
-    def jaxpr(self) -> Any:
-        """The program before it is divided."""
-        return self.traced.jaxpr.jaxpr
-
 
 def missing_compiler(topology: Topology) -> str | None:
     """What to install before `topology` can be compiled for; None where it is there."""

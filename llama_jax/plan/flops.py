@@ -10,7 +10,7 @@ from typing import Any
 
 
 def executed_flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products and kernels of a jaxpr: two for a multiply-add.
+    """FLOPs of the matrix products of a jaxpr: two for a multiply-add.
 
     A scan counts its length; a while loop, whose length is data, one pass; of the branches of a
     conditional the largest counts (they are also how one product is written for several platforms).
@@ -20,9 +20,6 @@ def executed_flops(jaxpr: Any) -> float:
         match equation.primitive.name:
             case "dot_general":
                 total += _dot_flops(equation)
-            case "pallas_call":
-                estimate = equation.params.get("cost_estimate")
-                total += estimate.flops if estimate else 0
             case "scan":
                 total += equation.params["length"] * executed_flops(equation.params["jaxpr"].jaxpr)
             case "cond":

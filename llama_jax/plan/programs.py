@@ -93,7 +93,8 @@ def decoding_mesh(config: PlanConfig, devices: int) -> MeshConfig:
 
 def training_jaxpr(config: TrainConfig) -> Any:
     """The jaxpr of the step for one row of the batch, on no devices: enough to count FLOPs."""
-    return _training_jaxpr(config.model, config.compute, config.data.sequence_length)
+    compute = config.compute.model_copy(update={"attention": "xla"})
+    return _training_jaxpr(config.model, compute, config.data.sequence_length)
 
 
 @cache

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.config import TrainConfig
+from llama_jax.model.count import cache_bytes_per_token
 from llama_jax.plan.hardware import GPUS_PER_NODE, Topology
 from llama_jax.plan.memory import BF16, MASTER, MOMENTS, Memory
 from sharding.collectives import BETWEEN, Collective
@@ -114,21 +115,14 @@ def training_wire(
     rows = config.data.batch_size // config.accumulate // (sizes["data"] * sizes["fsdp"])
     tokens = rows * config.data.sequence_length
     summed = tokens // sizes["context"] * config.model.d_model * wide
-    keys = config.model.n_kv_heads * config.model.d_head // sizes["tensor"]
+    keys_and_values = tokens * cache_bytes_per_token(config.model, wide) // sizes["tensor"]
     amounts = {
         ("fsdp", "context"): config.accumulate * passes * gathered * wide * _ring(split),
         ("data", "fsdp", "context"): config.accumulate
         * 2
         * (gathered * _ring(split) + held * _ring(sizes["data"]))
         * MASTER,
-        ("context",): config.accumulate
-        * passes
-        * config.model.n_layers
-        * 2
-        * tokens
-        * keys
-        * wide
-        * _ring(sizes["context"]),
+        ("context",): config.accumulate * passes * keys_and_values * _ring(sizes["context"]),
         ("tensor",): config.accumulate
         * passes
         * config.model.n_layers

@@ -60,7 +60,8 @@ def search(config: PlanConfig, topology: Topology) -> list[dict[str, Any]]:
 def candidates(config: PlanConfig, topology: Topology) -> Iterator[PlanConfig]:
     """Every mesh of powers of two, with as few parts as fit for each way to rematerialise.
 
-    A row's tokens are split as the configuration says. The rows of a step stay those of the configuration; fewer parts are more rows at a time.
+    A row's tokens are split as the configuration says, and the rows of a step stay what they are
+    there; fewer parts are more rows at a time.
     """
     context = config.mesh.context
     devices, rows = topology.devices // context, config.data.batch_size
