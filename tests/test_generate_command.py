@@ -360,9 +360,12 @@ def test_answers_to_other_prompts_or_with_other_settings_are_refused_and_kept(
 def test_a_run_that_was_stopped_before_its_first_answer_may_change(
     folder, prompts, out, monkeypatch
 ):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt  # what Ctrl-C is, unless the shell has this process ignore it
+
     write(prompts, *MANY[1:3])
     with monkeypatch.context() as patch:
-        patch.setattr(command, "load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        patch.setattr(command, "load", interrupted)
         assert cli.main(arguments(folder, prompts, out)) == 130
     assert not out.exists()
     assert len(generate(folder, prompts, out, "--sampling.top_k", "3")) == 2
