@@ -22,7 +22,7 @@ from llama_jax.data.loader import Loader
 from llama_jax.data.prepare import prepare
 from llama_jax.data.shards import DataError, read_meta
 from llama_jax.tokenizer.train import train_tokenizer
-from llama_jax.train import checkpoint, loop, metrics
+from llama_jax.train import checkpoint, loop, metrics, program
 from llama_jax.train.checkpoint import CheckpointError
 from llama_jax.train.goodput import Clock
 from llama_jax.train.loop import train
@@ -105,11 +105,11 @@ def in_a_hurry():
 def one_device(monkeypatch):
     """One device unless a test asks for more: most of what is tested here is not about meshes."""
 
-    def make(sizes):
+    def make(sizes, devices):
         wanted = np.prod([size for size in sizes.values() if size > 0])
         return make_mesh(sizes, jax.devices()[:wanted])
 
-    monkeypatch.setattr(loop, "make_mesh", make)
+    monkeypatch.setattr(program, "make_mesh", make)
 
 
 def make_config(corpus, out, **changes):
@@ -160,7 +160,7 @@ def restart_at(step, run, out):
 def undisturbed(corpus, tmp_path_factory):
     """A run from beginning to end, for others to be compared with."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+        patch.setattr(program, "make_mesh", lambda sizes, _: make_mesh(sizes, jax.devices()[:1]))
         out = tmp_path_factory.mktemp("runs") / "undisturbed"
         assert train(make_config(corpus, out)) == 0
     return out
@@ -367,7 +367,7 @@ def test_another_tokenizer_is_refused(corpus, undisturbed, tmp_path):
     ids=["devices", "heads", "batch", "vocabulary", "patience"],
 )
 def test_refused_before_anything_is_allocated(corpus, tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr(loop, "make_mesh", make_mesh)  # all four devices
+    monkeypatch.setattr(program, "make_mesh", make_mesh)  # all four devices
     if "patience" in changes:
         empty = read_meta(corpus / "shards").model_copy(update={"validation": ()})
         monkeypatch.setattr(loop, "read_meta", lambda path: empty)
