@@ -27,6 +27,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         ],
         "",
     ),
+    "8B v5p:4x4x4, 131,072 tokens": (
+        ["--config", "pretrain_llama3.1_8b_128k_v5p-128", "--topology", "v5p:4x4x4"],
+        "",
+    ),
     "7B v6e:16x16": (["--config", "pretrain_llama2_7b_v6e-256", "--topology", "v6e:16x16"], ""),
     "13B v5e:16x16": (["--config", "pretrain_llama2_13b_v5e-256", "--topology", "v5e:16x16"], ""),
     "70B v5p:4x4x8": (

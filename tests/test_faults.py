@@ -275,11 +275,11 @@ def test_processes_with_other_settings_are_refused(runs):
 
 
 def test_a_process_that_does_not_come_is_named(runs):
-    path = runs.settings("late", distributed={"start_seconds": 30})
+    path = runs.settings("late", distributed={"start_seconds": 20})
     port = ("--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.processes", "3")
     pair = [
         runs.start(path, *port, "--distributed.process", str(index), name=str(index))
         for index in (0, 2)
     ]
     assert 0 not in codes(pair)
-    assert "process 1 of 3 has not come within 30 s" in said(pair[0])
+    assert "process 1 of 3 has not come within 20 s" in said(pair[0])

@@ -29,7 +29,7 @@ from llama_jax.model.llama import Llama, unstack
 from llama_jax.model.ops.attend import attend
 from llama_jax.model.ops.product import letters, product
 from llama_jax.model.ops.weight import OutputMajor, Words, take
-from llama_jax.train import checkpoint
+from llama_jax.train import checkpoint, manifest
 
 CONFIG = ModelConfig(
     d_model=32,
@@ -372,8 +372,8 @@ def test_decoding_with_an_int8_cache_is_attention_over_rounded_keys_and_values(m
     params = parameters(model)
     expected_exact = apply(model, params, TOKENS, POSITIONS).value
 
-    def over_rounded(q, k, v, visibility):
-        return attend(q, *(Int8.of(x).to(x.dtype) for x in (k, v)), visibility)
+    def over_rounded(q, k, v, *others):
+        return attend(q, *(Int8.of(x).to(x.dtype) for x in (k, v)), *others)
 
     with monkeypatch.context() as patch:
         patch.setattr("llama_jax.model.attention.grouped_query.attend", over_rounded)
@@ -533,6 +533,6 @@ def test_the_configuration_must_say_what_the_arrays_are(kind, name, folder, tmp_
     values = yaml.safe_load((there / "config.yaml").read_text()) | {"weights": kind}
     (there / "config.yaml").write_text(yaml.safe_dump(values))
     (there / "manifest.json").unlink()
-    checkpoint._write_manifest(there)
+    manifest.write_manifest(there)
     with pytest.raises(ConfigError, match="does not hold this model: " + name):
         open_source(there)

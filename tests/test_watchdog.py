@@ -1,9 +1,11 @@
 """Who holds up the others, and what the processes hear of each other."""
 
+import socket
+
 import pytest
 
 from llama_jax.config import DistributedConfig
-from llama_jax.train.watchdog import Peer, hung, watch_port
+from llama_jax.train.watchdog import Peer, hung, is_closed, watch_port
 
 SETTINGS = DistributedConfig(hang_seconds=45)
 
@@ -71,3 +73,18 @@ def test_the_port_is_beside_that_of_jax():
     assert watch_port(8476) == 8477
     assert watch_port(61440) == 57344  # those of a scheduler's jobs follow each other
     assert watch_port(65535) == 61439
+
+
+def test_a_connection_is_closed_when_the_other_side_has_gone():
+    """Whatever its time-out, and at once: with three processes one waits while another is asked."""
+    here, there = socket.socketpair()
+    with here:
+        here.settimeout(60.0)
+        assert not is_closed(here)
+        there.sendall(b"words")
+        assert not is_closed(here)
+        there.close()
+        assert not is_closed(here)  # what it said is still to be read
+        assert here.recv(5) == b"words"
+        assert is_closed(here)
+        assert here.gettimeout() == 60.0
