@@ -29,6 +29,7 @@ from llama_jax.train.supervisor import LIFELINE
 from sharding.distributed import Process
 
 TICK_SECONDS = 1.0
+LATE_START_SECONDS = 15.0  # by which process 0 may have started after another one
 FAILED_GRACE_SECONDS = 5.0  # for the others to meet the same error, and to tell it themselves
 # Here the processes wait for disks and compilers, which no step tells how long they may take.
 SLOW = {"startup": 3600.0, "compile": 3600.0, "checkpoint": 3600.0, "end": 3600.0}
@@ -169,7 +170,8 @@ class Watchdog:
             try:
                 line = Line(socket.create_connection((host, port), timeout=5.0), 0)
                 line.send(process=self._index, host=self._host)
-                (welcome,) = read_one(line, deadline)
+                # Process 0 knows who is missing: it is left to give up first.
+                (welcome,) = read_one(line, deadline + LATE_START_SECONDS)
                 self.peers[0] = Peer(0, welcome["host"])
                 self.lines = [line]
                 return
