@@ -55,10 +55,10 @@ def make_config(folder, steps):
     return schema.parse(TrainConfig, {**recipe, **changes}, "demo.yaml")
 
 
-def bare_steps(plan, programs, steps):
+def bare_steps(run, programs, steps):
     """(wall, CPU) seconds of one compiled step, one after another."""
-    state = loop.new_state(plan)
-    batch = loop.place(plan, plan.data.batch(0))
+    state = loop.new_state(run)
+    batch = loop.place(run, run.data.batch(0))
     for step in range(WARMUP + steps):
         if step == WARMUP:
             start = np.array([time.perf_counter(), time.process_time()])
@@ -82,20 +82,20 @@ def loop_steps(config, out, cpu_times):
 
 def overhead(folder, steps, rounds):
     config = make_config(folder, steps)
-    plan = loop.make_plan(config)
-    with jax.set_mesh(plan.mesh):
-        programs = loop.compile_programs(plan)
+    run = loop.make_run(config)
+    with jax.set_mesh(run.program.mesh):
+        programs = loop.compile_programs(run)
     cpu_times = []
 
     def timed_step(state, batch):
         cpu_times.append(time.process_time())
         return programs.step(state, batch)
 
-    loop.compile_programs = lambda plan: programs._replace(step=timed_step)
+    loop.compile_programs = lambda run: programs._replace(step=timed_step)
     bare, whole, host = [], [], []
     for number in range(rounds):
-        with jax.set_mesh(plan.mesh):
-            bare.append(bare_steps(plan, programs, steps))
+        with jax.set_mesh(run.program.mesh):
+            bare.append(bare_steps(run, programs, steps))
         seconds, share = loop_steps(config, Path(folder) / f"run{number}", cpu_times)
         whole.append(seconds)
         host.append(share)

@@ -28,13 +28,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape = _resolve(sizes, len(devices))
+    shape = tuple(resolve(sizes, len(devices)).values())
     arranged = _arrange(shape, devices)
     return Mesh(arranged, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def _resolve(sizes: Mapping[str, int], n_devices: int) -> tuple[int, ...]:
-    """The sizes in order, -1 replaced by what is left of the devices."""
+def resolve(sizes: Mapping[str, int], n_devices: int) -> dict[str, int]:
+    """The sizes in order, -1 replaced by what is left of the devices; raises as `make_mesh`."""
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise ValueError(
@@ -57,7 +57,7 @@ def _resolve(sizes: Mapping[str, int], n_devices: int) -> tuple[int, ...]:
             f"the mesh axes {text} multiply to {product}, but there are {n_devices} devices; "
             "change a size, or set one of them to -1 for all remaining devices"
         )
-    return tuple(n_devices // product if size == -1 else size for size in sizes.values())
+    return {name: n_devices // product if size == -1 else size for name, size in sizes.items()}
 
 
 def _arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:

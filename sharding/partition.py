@@ -38,6 +38,13 @@ def shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
     return tree.unflatten([NamedSharding(mesh, spec) for spec in specs])
 
 
+def placed(shapes: Any, places: Any) -> Any:
+    """The tree of shapes as ShapeDtypeStructs that lie where the tree of shardings says."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+
+
 def divided_spec(
     shape: Sequence[int],
     axes: Sequence[str | None],

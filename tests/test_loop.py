@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -14,14 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from faults import MODEL, prepared
 from jax.experimental.compilation_cache import compilation_cache
 
 from llama_jax import config as schema
-from llama_jax.config import ConfigError, DataPrepareConfig, TokenizerTrainConfig, TrainConfig
+from llama_jax.config import ConfigError, TrainConfig
 from llama_jax.data.loader import Loader
-from llama_jax.data.prepare import prepare
 from llama_jax.data.shards import DataError, read_meta
-from llama_jax.tokenizer.train import train_tokenizer
 from llama_jax.train import checkpoint, loop, metrics, program
 from llama_jax.train.checkpoint import CheckpointError
 from llama_jax.train.goodput import Clock
@@ -31,36 +29,13 @@ from llama_jax.train.report import TrainingError
 from sharding.mesh import make_mesh
 
 STEPS, HALF = 8, 4
-MODEL = {
-    "d_model": 16,
-    "n_layers": 1,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "d_head": 4,
-    "d_ff": 24,
-    "vocab_size": 320,
-    "norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_embeddings": True,
-}
 COMPUTE = {"loss_chunks": 2, "scan_layers": False}
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A tokenizer and a prepared corpus: forty documents of a few words."""
-    folder = tmp_path_factory.mktemp("corpus")
-    words = ["the", "llama", "hums", "under", "old", "stars", "while", "rivers", "sleep"]
-    draw = random.Random(0)
-    for number in range(40):
-        text = " ".join(draw.choices(words, k=draw.randrange(5, 60)))
-        (folder / f"{number}.txt").write_text(text)
-    texts, model, out = (f"{folder}/*.txt",), f"{folder}/tokenizer.model", f"{folder}/shards"
-    train_tokenizer(TokenizerTrainConfig(paths=texts, out=model, vocab_size=320))
-    prepare(
-        DataPrepareConfig(paths=texts, out=out, tokenizer=model, validation_fraction=0.2, workers=1)
-    )
-    return folder
+    return prepared(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,11 +54,11 @@ def compiled(tmp_path_factory):
     programs = {}
     compile_anew = loop.compile_programs
 
-    def compile_once(plan):
-        c = plan.config
-        key = (c.model, c.compute, c.optimizer, c.steps, c.accumulate, plan.mesh)
+    def compile_once(run):
+        c = run.config
+        key = (c.model, c.compute, c.optimizer, c.steps, c.accumulate, run.program.mesh)
         if key not in programs:
-            programs[key] = compile_anew(plan)
+            programs[key] = compile_anew(run)
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -137,8 +112,8 @@ def ending(out):
     """Every bit of the newest checkpoint, its place in the data, and every loss logged."""
     found = checkpoint.newest(Path(out) / "checkpoints")
     assert found is not None
-    plan = loop.make_plan(schema.read(TrainConfig, Path(out) / "config.yaml"))
-    state = loop.restored_state(plan, found)
+    run = loop.make_run(schema.read(TrainConfig, Path(out) / "config.yaml"))
+    state = loop.restored_state(run, found)
     bits = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
     losses = [
         (line["step"], line.get("loss"), line.get("grad_norm"), line.get("validation_loss"))
@@ -349,10 +324,10 @@ def test_another_tokenizer_is_refused(corpus, undisturbed, tmp_path):
         train(make_config(corpus, tmp_path / "run", tokenizer=str(model)))
     found = checkpoint.newest(undisturbed / "checkpoints")
     assert found is not None
-    plan = loop.make_plan(make_config(corpus, undisturbed))
+    run = loop.make_run(make_config(corpus, undisturbed))
     found.progress["tokenizer"] = "0" * 64
     with pytest.raises(ConfigError, match="is not the tokenizer this run was trained with"):
-        loop.check_resumable(plan, found)
+        loop.check_resumable(run, found)
 
 
 @pytest.mark.parametrize(
@@ -380,11 +355,11 @@ def test_refused_before_anything_is_allocated(corpus, tmp_path, monkeypatch, cha
 
 def test_parameters_from_another_run(corpus, undisturbed, tmp_path):
     config = make_config(corpus, tmp_path / "run", parameters_from=str(undisturbed))
-    plan = loop.make_plan(config)
-    state = loop.new_state(plan)
+    run = loop.make_run(config)
+    state = loop.new_state(run)
     found = checkpoint.newest(undisturbed / "checkpoints")
     assert found is not None
-    trained = loop.restored_state(plan, found)
+    trained = loop.restored_state(run, found)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(trained.params), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     assert int(state.step) == int(state.optimizer.count) == 0
@@ -425,7 +400,7 @@ def test_three_bad_steps_in_a_row_stop_the_run(corpus, undisturbed, tmp_path, mo
     assert checkpoint.steps(tmp_path / "checkpoints") == [HALF]
     found = checkpoint.newest(tmp_path / "checkpoints")
     assert found is not None
-    state = loop.restored_state(loop.make_plan(make_config(corpus, tmp_path)), found)
+    state = loop.restored_state(loop.make_run(make_config(corpus, tmp_path)), found)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
@@ -471,21 +446,21 @@ def test_best_is_kept_and_patience_ends(corpus, tmp_path, monkeypatch, capsys):
 
 def test_the_validation_loss_is_that_of_the_split(corpus, undisturbed, tmp_path):
     """Compared with the logits of the final parameters, token by token."""
-    plan = loop.make_plan(make_config(corpus, undisturbed, evaluate_batches=10**6))
+    run = loop.make_run(make_config(corpus, undisturbed, evaluate_batches=10**6))
     found = checkpoint.newest(undisturbed / "checkpoints")
     assert found is not None
-    assert plan.validation is not None
-    state = loop.restored_state(plan, found)
+    assert run.validation is not None
+    state = loop.restored_state(run, found)
     total = weight = 0.0
-    for batch in plan.validation.batches(0):
+    for batch in run.validation.batches(0):
         arguments = batch["tokens"], batch["positions"], batch["segments"]
-        logits = np.asarray(plan.model.apply(state.params, *arguments).value, np.float64)
+        logits = np.asarray(run.program.model.apply(state.params, *arguments).value, np.float64)
         log_z = np.log(np.exp(logits).sum(-1))
         target = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
         total += (batch["weights"] * (log_z - target)).sum()
         weight += batch["weights"].sum()
     measured = loop.measure(
-        plan, plan.validation, loop.compile_programs(plan), state, Clock("validation")
+        run, run.validation, loop.compile_programs(run), state, Clock("validation")
     )
     assert measured == pytest.approx(total / weight, rel=1e-5)
 
@@ -611,8 +586,8 @@ def test_spikes_without_end_end_the_run(corpus, tmp_path, monkeypatch):
 def test_a_flipped_bit_in_one_replica_ends_the_run_unsaved(corpus, tmp_path, monkeypatch):
     original = loop.new_state
 
-    def corrupted(plan):
-        state = original(plan)
+    def corrupted(run):
+        state = original(run)
         embed = state.params["embed"]
         parts = [np.array(shard.data) for shard in embed.addressable_shards]
         parts[1].reshape(-1).view(np.uint32)[7] ^= 1 << 3

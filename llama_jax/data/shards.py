@@ -100,16 +100,16 @@ def write_atomic(path: Path, content: bytes | Iterable[bytes]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Makes renames in a folder outlast a power failure."""
-    folder = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, outlasts a power failure."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def to_json(value: Any) -> bytes:

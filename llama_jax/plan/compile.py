@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError
 from llama_jax.plan.hardware import Topology
+from llama_jax.plan.programs import Step
 
 # Without these libtpu asks the cloud's metadata server what machine this is, and a second process
 # is refused by a lock. The type need not be the one that is compiled for.
@@ -65,13 +65,6 @@ class OutOfMemory(NamedTuple):
     available: int | None
     largest: tuple[tuple[str, int], ...]
     seconds: float
-
-
-class Traced(NamedTuple):
-    """A step between tracing and compiling."""
-
-    traced: Any
-    mesh: Mesh
 
 
 def missing_compiler(topology: Topology) -> str | None:
@@ -158,22 +151,16 @@ device_description_str: "{name}"
 """
 
 
-def trace(step: Any, mesh: Mesh, *arguments: Any) -> Traced:
-    """Traces a jitted function for abstract arguments laid out over `mesh`."""
-    with jax.set_mesh(mesh):
-        return Traced(step.trace(*arguments), mesh)
-
-
-def compile_step(traced: Traced) -> Compiled | OutOfMemory:
-    """Lowers and compiles; on a TPU that it does not fit is found here.
+def compile_step(step: Step) -> Compiled | OutOfMemory:
+    """Traces, lowers and compiles; on a TPU that it does not fit is found here.
 
     Raises:
         RuntimeError: the compiler failed otherwise.
     """
     started = time.monotonic()
     try:
-        with jax.set_mesh(traced.mesh):
-            compiled = traced.traced.lower().compile()
+        with jax.set_mesh(step.mesh):
+            compiled = step.function.lower(*step.arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:

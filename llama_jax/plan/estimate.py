@@ -1,6 +1,5 @@
 """Everything `plan` says about one configuration on one topology, as JSON values."""
 
-import math
 import resource
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,6 @@ from llama_jax.plan.compile import (
     devices_of,
     mismatched_compiler,
     missing_compiler,
-    trace,
 )
 from llama_jax.plan.flops import executed_flops
 from llama_jax.plan.hardware import Topology, sold_name
@@ -35,7 +33,9 @@ from llama_jax.plan.roofline import (
     wire,
 )
 from llama_jax.plan.settings import PlanConfig
+from llama_jax.train.program import check_rows
 from sharding.collectives import Collective, collectives, totals
+from sharding.mesh import resolve
 from sharding.rules import PRESETS
 
 Record = dict[str, Any]
@@ -73,7 +73,7 @@ def estimate(config: PlanConfig, topology: Topology, compiled: bool = True) -> R
     if config.decode:
         memory = decoding_memory(config, sizes, PRESETS[mesh_config.rules])
     else:
-        _check_rows(config, sizes)
+        check_rows(config, sizes)
         memory = training_memory(config, sizes)
     missing = missing_compiler(topology)
     reading = _traced(config) if missing or not compiled else _compiled(config, topology)
@@ -110,9 +110,8 @@ def _compiled(config: PlanConfig, topology: Topology) -> Reading:
     """Of the real program."""
     devices = devices_of(topology)
     step = decoding_step(config, devices) if config.decode else training_step(config, devices)
-    traced = trace(step.function, step.mesh, *step.arguments)
     executed = _traced(config).executed
-    found = compile_step(traced)
+    found = compile_step(step)
     if isinstance(found, OutOfMemory):
         return Reading(executed, found)
     traffic = collectives(found.hlo, step.mesh.shape)
@@ -126,25 +125,10 @@ def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
     Raises:
         ConfigError: they do not multiply to the devices of the topology.
     """
-    sizes, devices = mesh.sizes, topology.devices
-    known = math.prod(size for size in sizes.values() if size != -1)
-    if devices % known or (-1 not in sizes.values() and devices != known):
-        text = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != -1)
-        raise ConfigError(
-            f"the mesh {text} makes {known} devices, but there are {devices} of {topology.name}; "
-            "change a size of mesh, or set one of them to -1"
-        )
-    return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
-
-
-def _check_rows(config: PlanConfig, sizes: Mapping[str, int]) -> None:
-    """Raises ConfigError as training does."""
-    rows, shares = config.data.batch_size // config.accumulate, sizes["data"] * sizes["fsdp"]
-    if rows % shares:
-        raise ConfigError(
-            f"data.batch_size / accumulate ({rows}) must be a multiple of mesh.data x mesh.fsdp "
-            f"({shares} on this topology), which split the batch"
-        )
+    try:
+        return resolve(mesh.sizes, topology.devices)
+    except ValueError as error:
+        raise ConfigError(f"{topology.name}: {error}") from error
 
 
 def _rows(config: PlanConfig) -> int:

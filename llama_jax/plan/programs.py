@@ -26,7 +26,7 @@ from llama_jax.train.optimizer import adamw
 from llama_jax.train.program import BATCH_TYPES, make_program
 from llama_jax.train.step import init_state, lm_loss, make_step
 from sharding.mesh import make_mesh
-from sharding.partition import shardings
+from sharding.partition import placed, shardings
 from sharding.rules import PRESETS
 
 ENDS = 4  # ids that end a row; costs nothing
@@ -65,15 +65,15 @@ def decoding_step(config: PlanConfig, devices: Sequence[jax.Device]) -> Step:
     try:
         mesh = make_mesh(mesh_config.sizes, devices)
         params = _as_decoded(decoder.model.shapes())
-        params = _placed(params, shardings(params, decoder.model.axes(), mesh, rules))
+        params = placed(params, shardings(params, decoder.model.axes(), mesh, rules))
         cache = jax.eval_shape(
             lambda: KVCache.init(config.model, config.batch, config.context, config.cache)
         )
         rows = jax.eval_shape(lambda: Rows.free(config.batch, config.context, ENDS))
         row_axes = jax.tree.map(lambda x: ("batch", *(None,) * (x.ndim - 1)), rows)
         state = State(
-            _placed(rows, shardings(rows, row_axes, mesh, rules)),
-            _placed(cache, shardings(cache, cache.axes, mesh, rules)),
+            placed(rows, shardings(rows, row_axes, mesh, rules)),
+            placed(cache, shardings(cache, cache.axes, mesh, rules)),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -120,9 +120,3 @@ def decoding_jaxpr(config: PlanConfig) -> Any:
 
 def _as_decoded(shapes: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DECODED), shapes)
-
-
-def _placed(shapes: Any, places: Any) -> Any:
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
-    )

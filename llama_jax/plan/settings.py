@@ -30,8 +30,8 @@ class PlanConfig(TrainConfig):
     compiled: bool = True
     """Compile the real step for the topology; false answers at once, in closed form."""
     search: bool = False
-    """Try meshes, rematerialisation and batch sizes, and rank what fits; mesh, compute.remat and
-    data.batch_size are then not read, tokens of a batch stay at most what they are."""
+    """Try meshes, rematerialisation and parts of the batch, and rank what fits; of mesh only
+    context is then read, and neither compute.remat nor accumulate."""
     candidates: int = Field(default=3, ge=0)
     """With search: how many of the best are compiled."""
     tokens: float | None = Field(default=None, gt=0)

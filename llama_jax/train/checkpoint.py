@@ -33,6 +33,7 @@ import yaml
 from orbax.checkpoint import v1 as ocp
 
 from llama_jax.config import CheckpointConfig, ConfigError, Schema, parse
+from llama_jax.data.shards import sync
 from llama_jax.train.manifest import (
     MANIFEST,
     each,
@@ -40,7 +41,6 @@ from llama_jax.train.manifest import (
     file_damage,
     files_in,
     merged,
-    sync,
     write_manifest,
 )
 from sharding.distributed import exchange

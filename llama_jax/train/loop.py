@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from llama_jax import config as schema
@@ -23,16 +23,14 @@ from llama_jax import tokenizer as tokenizers
 from llama_jax.config import ConfigError, TrainConfig, batch_of
 from llama_jax.data.loader import Loader
 from llama_jax.data.shards import read_meta
-from llama_jax.model.llama import Llama
 from llama_jax.train import checkpoint, spikes
 from llama_jax.train.checkpoint import CONFIG, Checkpoint, Writer, is_first
 from llama_jax.train.checksum import difference, make_checksums
 from llama_jax.train.goodput import Clock, Ledger
 from llama_jax.train.metrics import Journal, Screen, plot_losses
-from llama_jax.train.optimizer import Optimizer
 from llama_jax.train.processes import joined
 from llama_jax.train.profile import Profiler
-from llama_jax.train.program import make_program
+from llama_jax.train.program import Program, make_program
 from llama_jax.train.report import Reporter, TrainingError, introduction, is_due, summary
 from llama_jax.train.spikes import Spike, Window
 from llama_jax.train.step import Batch, TrainState, init_state, lm_loss, make_evaluation
@@ -44,11 +42,10 @@ SLOWEST_SECONDS = 600.0  # for a process to come where the others are
 CHECKPOINTS = "checkpoints"
 
 
-class Plan(NamedTuple):
+class Run(NamedTuple):
     """All that is decided before anything is allocated.
 
     rows: of a batch, those that this process reads.
-    The fields from model on are those of train.program.Program.
     """
 
     config: TrainConfig
@@ -56,12 +53,7 @@ class Plan(NamedTuple):
     data: Loader
     validation: Loader | None
     rows: np.ndarray
-    model: Llama
-    optimizer: Optimizer
-    mesh: Mesh
-    state: TrainState
-    batch: dict[str, jax.ShapeDtypeStruct]
-    step: Any
+    program: Program
 
 
 class Programs(NamedTuple):
@@ -130,46 +122,46 @@ def train(config: TrainConfig) -> int:
     """
     clock = Clock("startup")
     with joined(config, clock):
-        plan = make_plan(config)
-        compiled = functools.cache(lambda: compile_programs(plan))
+        run = make_run(config)
+        compiled = functools.cache(lambda: compile_programs(run))
         for _ in range(config.spikes.most + 1):
             try:
-                return train_on(plan, compiled, clock)
+                return train_on(run, compiled, clock)
             except Spike as spike:
-                skip_batches_of(spike, plan, clock)
+                skip_batches_of(spike, run, clock)
         raise TrainingError(
             f"{config.spikes.most} spikes of the loss were skipped, and another came "
             "(spikes.most). Lower optimizer.peak_lr, or look at the data"
         )
 
 
-def train_on(plan: Plan, compiled: Callable[[], Programs], clock: Clock) -> int:
+def train_on(run: Run, compiled: Callable[[], Programs], clock: Clock) -> int:
     """Trains from the newest checkpoint, or the beginning, to the end; returns the exit code.
 
     Raises:
         Spike: the run is to go on from an earlier checkpoint; further as `train`.
     """
-    config, out = plan.config, Path(plan.config.out)
+    config, out = run.config, Path(run.config.out)
     with ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(plan.mesh))
+        stack.enter_context(jax.set_mesh(run.program.mesh))
         stop = stack.enter_context(StopRequest())
         profiler = stack.enter_context(Profiler(out, config.profile))
-        tokenizer_copy = out / plan.tokenizer.file_name
+        tokenizer_copy = out / run.tokenizer.file_name
         copies = [out / CONFIG, tokenizer_copy]
         writer = stack.enter_context(Writer(out / CHECKPOINTS, config.checkpoint, copies))
         windows = spikes.united((*config.skip_batches, *spikes.read_skipped(out)))
-        found = find_start(plan, writer, windows)
+        found = find_start(run, writer, windows)
         progress = started_from(found)._replace(skipped=windows)
         ledger = journal = None
         if is_first():
             schema.save(config, out / CONFIG)
-            tokenizer_copy.write_bytes(plan.tokenizer.model)
+            tokenizer_copy.write_bytes(run.tokenizer.model)
             ledger = Ledger(out, clock)
             journal = stack.enter_context(Journal(out, progress.step, config, config.wandb))
         screen = stack.enter_context(
             Screen(progress.step, config.steps, None if is_first() else Console(quiet=True))
         )
-        screen.say(introduction(config, plan.mesh, progress.step))
+        screen.say(introduction(config, run.program.mesh, progress.step))
         if is_over(config, progress):
             screen.say("nothing is left to do; raise steps (or patience) to go on")
             if ledger:
@@ -179,16 +171,16 @@ def train_on(plan: Plan, compiled: Callable[[], Programs], clock: Clock) -> int:
         clock.switch("compile")
         programs = compiled()
         clock.switch("startup")
-        state = restored_state(plan, found) if found else new_state(plan)
+        state = restored_state(run, found) if found else new_state(run)
         saved_step = found.step if found else None
         clock.step = progress.step
         detector = spikes.Detector(config.spikes, progress.losses)
         reporter = Reporter(
-            config, plan.mesh, progress.step, journal, screen, clock, ledger, detector
+            config, run.program.mesh, progress.step, journal, screen, clock, ledger, detector
         )
-        batches = stack.enter_context(closing(unskipped(plan.data, progress.step, windows)))
-        batch = place(plan, next(batches))
-        wish = both_wishes(plan.mesh)
+        batches = stack.enter_context(closing(unskipped(run.data, progress.step, windows)))
+        batch = place(run, next(batches))
+        wish = both_wishes(run.program.mesh)
 
         while not is_over(config, progress) and not stops(stop, reporter):
             clock.switch("step")
@@ -199,7 +191,7 @@ def train_on(plan: Plan, compiled: Callable[[], Programs], clock: Clock) -> int:
             progress = progress.after_step()
             clock.step = progress.step
             clock.switch("data")  # while the devices are busy with the step
-            batch = place(plan, next(batches))
+            batch = place(run, next(batches))
             clock.settle("data" if metrics["loss"].is_ready() else "ahead")
             reporter.report(progress.step, metrics)
             writer.check()
@@ -207,13 +199,13 @@ def train_on(plan: Plan, compiled: Callable[[], Programs], clock: Clock) -> int:
                 ledger.sign_of_life()
 
             if config.checksum_every and progress.step % config.checksum_every == 0:
-                check_replicas(plan, programs, state, progress.step)
+                check_replicas(run, programs, state, progress.step)
 
             is_best = False
-            if plan.validation and is_due(progress.step, config.evaluate_every, config):
+            if run.validation and is_due(progress.step, config.evaluate_every, config):
                 reporter.flush()
                 clock.switch("validation")
-                loss = measure(plan, plan.validation, programs, state, clock)
+                loss = measure(run, run.validation, programs, state, clock)
                 progress = progress.measured(loss)
                 is_best = progress.without_best == 0
                 reporter.validation(progress.step, loss, is_best)
@@ -223,14 +215,14 @@ def train_on(plan: Plan, compiled: Callable[[], Programs], clock: Clock) -> int:
                 reporter.flush()
                 clock.switch("checkpoint")
                 progress = progress._replace(losses=detector.memory())
-                save(plan, programs, writer, state, progress)
+                save(run, programs, writer, state, progress)
                 saved_step = progress.step
 
         reporter.flush()
         clock.switch("checkpoint")
         if progress.step != saved_step:
             progress = progress._replace(losses=detector.memory())
-            save(plan, programs, writer, state, progress)
+            save(run, programs, writer, state, progress)
         writer.wait()
         clock.switch("end")
         if ledger:
@@ -261,7 +253,7 @@ def ending(config: TrainConfig, progress: Progress, stop: StopRequest) -> str:
 # Before the run -----------------------------------------------------------------------------------
 
 
-def make_plan(config: TrainConfig) -> Plan:
+def make_run(config: TrainConfig) -> Run:
     """Opens tokenizer and data and lays everything out over the devices; allocates no array.
 
     Raises:
@@ -276,7 +268,7 @@ def make_plan(config: TrainConfig) -> Plan:
     program = make_program(config)
     own_rows = local_rows(program.batch["tokens"])
     data, validation = open_data(config, tokenizer, own_rows)
-    return Plan(config, tokenizer, data, validation, own_rows, *program)
+    return Run(config, tokenizer, data, validation, own_rows, program)
 
 
 def open_data(
@@ -302,7 +294,7 @@ def open_data(
     return data, None
 
 
-def find_start(plan: Plan, writer: Writer, windows: tuple[Window, ...]) -> Checkpoint | None:
+def find_start(run: Run, writer: Writer, windows: tuple[Window, ...]) -> Checkpoint | None:
     """The checkpoint to go on from: the newest intact one that has passed no batch to be skipped.
 
     Newer ones no longer count. None for a run that begins.
@@ -310,10 +302,10 @@ def find_start(plan: Plan, writer: Writer, windows: tuple[Window, ...]) -> Check
     Raises:
         ConfigError: this configuration does not continue the run, or no checkpoint is early enough.
     """
-    folder = Path(plan.config.out) / CHECKPOINTS
+    folder = Path(run.config.out) / CHECKPOINTS
     found = checkpoint.newest(folder, wanted=lambda saved: spikes.continues(saved, windows))
     if found:
-        check_resumable(plan, found)
+        check_resumable(run, found)
         goes_back = started_from(found).skipped != windows
         writer.set_aside_after(found.step, "rewound" if goes_back else "damaged")
     elif checkpoint.steps(folder):
@@ -333,12 +325,12 @@ def started_from(found: Checkpoint | None) -> Progress:
     return Progress(**{**known, "skipped": skipped})
 
 
-def skip_batches_of(spike: Spike, plan: Plan, clock: Clock) -> None:
+def skip_batches_of(spike: Spike, run: Run, clock: Clock) -> None:
     """Keeps the window of a spike among those the run skips from now on."""
-    out = Path(plan.config.out)
+    out = Path(run.config.out)
     chosen = spikes.read_skipped(out)
-    windows = spikes.united((*plan.config.skip_batches, *chosen))
-    window = spikes.window_of(spike, plan.config.spikes, windows)
+    windows = spikes.united((*run.config.skip_batches, *chosen))
+    window = spikes.window_of(spike, run.config.spikes, windows)
     barrier("a spike", SLOWEST_SECONDS)  # nobody reads the file while it is written
     if is_first():
         spikes.write_skipped(out, spikes.united((*chosen, window)))
@@ -347,61 +339,62 @@ def skip_batches_of(spike: Spike, plan: Plan, clock: Clock) -> None:
     clock.switch("startup")
 
 
-def check_resumable(plan: Plan, found: Checkpoint) -> None:
+def check_resumable(run: Run, found: Checkpoint) -> None:
     """Refuses to go on from a checkpoint that this configuration does not continue.
 
     Raises:
         ConfigError: naming what differs.
     """
-    checkpoint.check_unchanged(found, plan.config)
-    if found.progress["tokenizer"] != plan.tokenizer.fingerprint:
+    checkpoint.check_unchanged(found, run.config)
+    if found.progress["tokenizer"] != run.tokenizer.fingerprint:
         raise ConfigError(
-            f"{plan.config.tokenizer} is not the tokenizer this run was trained with; that one is "
+            f"{run.config.tokenizer} is not the tokenizer this run was trained with; that one is "
             f"in {found.folder}. Use it, or start a new run in another folder (out)."
         )
 
 
-def compile_programs(plan: Plan) -> Programs:
-    """Compiles for the shapes of the plan."""
-    config = plan.config
-    loss_fn = lm_loss(plan.model, config.z_loss)
-    everywhere = NamedSharding(plan.mesh, PartitionSpec())
+def compile_programs(run: Run) -> Programs:
+    """Compiles for the shapes of the run."""
+    config, program = run.config, run.program
+    loss_fn = lm_loss(program.model, config.z_loss)
+    everywhere = NamedSharding(program.mesh, PartitionSpec())
     evaluate = jax.jit(make_evaluation(loss_fn, config.accumulate), out_shardings=everywhere)
     is_finite = jax.jit(
         lambda state: jnp.all(
             jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)])
         )
     )
-    checksums, groups = make_checksums(plan.state, plan.mesh) or (None, ())
+    checksums, groups = make_checksums(program.state, program.mesh) or (None, ())
     return Programs(
-        plan.step.lower(plan.state, plan.batch | wishes(plan.mesh)).compile(),
-        evaluate.lower(plan.state.params, plan.batch).compile() if plan.validation else None,
-        is_finite.lower(plan.state).compile(),
-        checksums and jax.jit(checksums).lower(plan.state).compile(),
+        program.step.lower(program.state, program.batch | wishes(program.mesh)).compile(),
+        evaluate.lower(program.state.params, program.batch).compile() if run.validation else None,
+        is_finite.lower(program.state).compile(),
+        checksums and jax.jit(checksums).lower(program.state).compile(),
         groups,
     )
 
 
-def new_state(plan: Plan) -> TrainState:
+def new_state(run: Run) -> TrainState:
     """The state before the first step, each array made where it lies."""
-    places = jax.tree.map(lambda x: x.sharding, plan.state)
-    if plan.config.parameters_from:
-        params = checkpoint.load_parameters(plan.config.parameters_from, plan.state.params)
+    program = run.program
+    places = jax.tree.map(lambda x: x.sharding, program.state)
+    if run.config.parameters_from:
+        params = checkpoint.load_parameters(run.config.parameters_from, program.state.params)
         start = jax.jit(
-            lambda params: init_state(params, plan.optimizer),
+            lambda params: init_state(params, program.optimizer),
             donate_argnums=0,
             out_shardings=places,
         )
         return start(params)
     create = jax.jit(
-        lambda key: init_state(plan.model.init(key), plan.optimizer), out_shardings=places
+        lambda key: init_state(program.model.init(key), program.optimizer), out_shardings=places
     )
-    return create(jax.random.key(plan.config.seed))
+    return create(jax.random.key(run.config.seed))
 
 
-def restored_state(plan: Plan, found: Checkpoint) -> TrainState:
+def restored_state(run: Run, found: Checkpoint) -> TrainState:
     """The state of a checkpoint, read to where this run's arrays lie."""
-    trees = checkpoint.load(found, _saved_trees(plan.state))
+    trees = checkpoint.load(found, _saved_trees(run.program.state))
     return TrainState(params=trees["params"], **trees["training"])
 
 
@@ -428,14 +421,15 @@ def unskipped(data: Loader, step: int, windows: tuple[Window, ...]) -> Any:
     yield from data.batches(start)
 
 
-def place(plan: Plan, batch: dict[str, np.ndarray]) -> Batch:
+def place(run: Run, batch: dict[str, np.ndarray]) -> Batch:
     """This process's rows of a batch on its devices; returns before they have arrived."""
+    shapes = run.program.batch
     if jax.process_count() == 1:
-        return {name: jax.device_put(batch[name], x.sharding) for name, x in plan.batch.items()}
-    return {name: from_local_rows(x, plan.rows, batch[name]) for name, x in plan.batch.items()}
+        return {name: jax.device_put(batch[name], x.sharding) for name, x in shapes.items()}
+    return {name: from_local_rows(x, run.rows, batch[name]) for name, x in shapes.items()}
 
 
-def check_replicas(plan: Plan, programs: Programs, state: TrainState, step: int) -> None:
+def check_replicas(run: Run, programs: Programs, state: TrainState, step: int) -> None:
     """Compares what several devices hold alike.
 
     Raises:
@@ -444,7 +438,7 @@ def check_replicas(plan: Plan, programs: Programs, state: TrainState, step: int)
     if programs.checksums is None:
         return
     sums = np.asarray(programs.checksums(state))
-    if found := difference(sums, programs.groups, plan.mesh):
+    if found := difference(sums, programs.groups, run.program.mesh):
         raise TrainingError(
             f"silent corruption after step {step}: {found}. The checkpoints are from before; run "
             "the same command without that device's host to go on"
@@ -452,34 +446,32 @@ def check_replicas(plan: Plan, programs: Programs, state: TrainState, step: int)
 
 
 def measure(
-    plan: Plan, validation: Loader, programs: Programs, state: TrainState, clock: Clock
+    run: Run, validation: Loader, programs: Programs, state: TrainState, clock: Clock
 ) -> float:
     """The validation loss in nats per token."""
     assert validation.steps is not None  # only training data is endless
     total = weight = 0.0
-    for number in range(min(plan.config.evaluate_batches, validation.steps)):
+    for number in range(min(run.config.evaluate_batches, validation.steps)):
         clock.switch("validation")
-        sums = jax.device_get(
-            programs.evaluate(state.params, place(plan, validation.batch(number)))
-        )
+        sums = jax.device_get(programs.evaluate(state.params, place(run, validation.batch(number))))
         total, weight = total + float(sums["loss"]), weight + float(sums["weight"])
     return total / weight
 
 
 def save(
-    plan: Plan, programs: Programs, writer: Writer, state: TrainState, progress: Progress
+    run: Run, programs: Programs, writer: Writer, state: TrainState, progress: Progress
 ) -> None:
     """Begins a checkpoint. The data and every random draw follow from the seed and the step.
 
     Raises:
         TrainingError: the state is not finite, or differs between devices; nothing is written.
     """
-    if plan.config.checksum_every:
-        check_replicas(plan, programs, state, progress.step)
+    if run.config.checksum_every:
+        check_replicas(run, programs, state, progress.step)
     if not programs.is_finite(state):
         raise TrainingError(
             f"parameters or optimizer state are not finite after step {progress.step}, which is "
-            f"not saved; {plan.config.out} keeps the checkpoints before it. Lower optimizer.peak_lr"
+            f"not saved; {run.config.out} keeps the checkpoints before it. Lower optimizer.peak_lr"
         )
     libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "llama-jax")
     writer.save(
@@ -487,12 +479,12 @@ def save(
         _saved_trees(state),
         {
             **progress._asdict(),
-            "seed": plan.config.seed,
+            "seed": run.config.seed,
             "data": {
-                "seed": plan.config.seed,
+                "seed": run.config.seed,
                 "next_batch": batch_of(progress.step, progress.skipped),
             },
-            "tokenizer": plan.tokenizer.fingerprint,
+            "tokenizer": run.tokenizer.fingerprint,
             "versions": {name: version(name) for name in libraries},
         },
     )

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llama_jax.data.shards import sync
+
 MANIFEST = "manifest.json"
 
 
@@ -45,15 +47,6 @@ def write_manifest(folder: Path, known: Mapping[str, Any] | None = None) -> None
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             sync(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

@@ -5,7 +5,7 @@ planned is what will run.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from llama_jax.train.step import (
     state_axes,
 )
 from sharding.mesh import make_mesh
-from sharding.partition import shardings
+from sharding.partition import placed, shardings
 from sharding.rules import PRESETS
 
 BATCH_TYPES = {
@@ -73,12 +73,7 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
     batch_axes = dict.fromkeys(batch, ("batch", "seq"))
     try:
         mesh = make_mesh(config.mesh.sizes, devices)
-        shares = math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
-        if (rows // config.accumulate) % shares:
-            raise ConfigError(
-                f"data.batch_size / accumulate ({rows // config.accumulate}) must be a multiple of "
-                f"mesh.data x mesh.fsdp ({shares} on these devices), which split the batch"
-            )
+        check_rows(config, mesh.shape)
         state_places = shardings(state, state_axes(model.axes(), optimizer), mesh, rules)
         batch_places = shardings(batch, batch_axes, mesh, rules)
     except ValueError as error:
@@ -95,11 +90,26 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
         model,
         optimizer,
         mesh,
-        jax.tree.map(_placed, state, state_places),
-        jax.tree.map(_placed, batch, batch_places),
+        placed(state, state_places),
+        placed(batch, batch_places),
         jax.jit(step, donate_argnums=0, out_shardings=(state_places, everywhere)),
     )
 
 
-def _placed(x: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+def check_rows(config: TrainConfig, sizes: Mapping[str, int]) -> None:
+    """Refuses a batch whose parts the devices cannot share.
+
+    Args:
+        config: the run.
+        sizes: mesh axis -> devices along it.
+
+    Raises:
+        ConfigError: naming the numbers.
+    """
+    rows = config.data.batch_size // config.accumulate
+    shares = math.prod(sizes[axis] for axis in PRESETS[config.mesh.rules].mesh_axes("batch"))
+    if rows % shares:
+        raise ConfigError(
+            f"data.batch_size / accumulate ({rows}) must be a multiple of mesh.data x mesh.fsdp "
+            f"({shares} on these devices), which split the batch"
+        )

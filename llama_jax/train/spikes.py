@@ -7,7 +7,6 @@ one. What the rule has decided is kept in skipped.json of the run, beside the se
 
 import json
 import math
-import os
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import SpikeConfig, batch_of
+from llama_jax.data.shards import to_json, write_atomic
 
 SKIPPED = "skipped.json"
 # The standard deviation of a normal distribution, in its median absolute deviations.
@@ -111,9 +111,4 @@ def read_skipped(folder: Path) -> tuple[Window, ...]:
 
 def write_skipped(folder: Path, windows: Sequence[Window]) -> None:
     """Keeps the windows for every later start; on the disk when this returns."""
-    partial = folder / f"{SKIPPED}.tmp"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(windows, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / SKIPPED)
+    write_atomic(folder / SKIPPED, to_json(windows))
