@@ -369,7 +369,7 @@ def test_the_command_in_words_and_as_json(tmp_path: Path, capsys):
     ("arguments", "message"),
     [
         (["--topology", "v5e:5x5"], "there is no slice"),
-        (["--mesh.tensor", "3"], "multiply to 3, which does not divide the 16 devices"),
+        (["--mesh.tensor", "3"], "multiply to 3, which does not divide the 4 devices"),
         (["--topology", "h100:8", "--slices", "2"], "slices are a TPU's"),
     ],
 )
