@@ -24,5 +24,5 @@ on_all_hosts "cd llama_jax && pip install -q '.[tpu]' && gcloud storage cp '$con
 flags=""
 if [ "$#" -gt 0 ]; then flags=$(printf " %q" "$@"); fi
 on_all_hosts "cd llama_jax && nohup python main.py train --config run.yaml --restarts 20 \
-  --distributed.cluster gcetpu --distributed.start_seconds 300$flags > train.log 2>&1 &"
+  --distributed.cluster gcetpu$flags > train.log 2>&1 &"
 on_all_hosts "sleep 60; tail -n 5 llama_jax/train.log"

@@ -31,8 +31,9 @@ class DistributedConfig(Schema):
     """Number of this process, from 0."""
     watch_port: int | None = Field(default=None, gt=0, lt=2**16)
     """Port on which process 0 hears from the others; by default the one after the coordinator's."""
-    start_seconds: int = Field(default=60, gt=0)
-    """How long the processes wait for each other at the start."""
+    start_seconds: int = Field(default=300, gt=0)
+    """How long the processes wait for each other at the start: for the slowest host to begin, or to
+    begin again."""
     silence_seconds: int = Field(default=30, gt=2)
     """A process not heard of for this long is taken for lost, and the others end."""
     hang_seconds: int = Field(default=45, gt=0)
