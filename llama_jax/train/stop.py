@@ -50,20 +50,21 @@ class StopRequest:
 def wishes(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """What goes with a batch: one number for each device, set by its process: 1 to stop, else 0.
 
-    The step gives the largest of all, so every process learns of a wish from the same step. Nothing
-    where there is one process, which asks nobody.
+    The step gives the sum, so every process learns of a wish from the same step. It is fp32, as the
+    sums of the loss are, so that XLA makes one message of all. Nothing where there is one process,
+    which asks nobody.
     """
     if jax.process_count() == 1:
         return {}
     place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return {"stop": jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=place)}
+    return {"stop": jax.ShapeDtypeStruct((mesh.size,), jnp.float32, sharding=place)}
 
 
 def both_wishes(mesh: Mesh) -> dict[bool, dict[str, jax.Array]]:
     """Whether to stop -> that wish, for the devices of this process."""
 
     def everywhere(shape: jax.ShapeDtypeStruct, value: int) -> jax.Array:
-        values = np.full(shape.shape, value, np.int32)
+        values = np.full(shape.shape, value, np.float32)
         return jax.make_array_from_callback(shape.shape, shape.sharding, lambda i: values[i])
 
     return {
