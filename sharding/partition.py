@@ -45,6 +45,24 @@ def placed(shapes: Any, places: Any) -> Any:
     )
 
 
+def in_host_memory(places: Any) -> Any:
+    """The shardings of a tree as `shardings` made them, with the arrays, not the scalars, in the
+    memory of the hosts."""
+    return jax.tree.map(
+        lambda place: place.with_memory_kind("pinned_host") if place.spec else place, places
+    )
+
+
+def on_devices(tree: Any) -> Any:
+    """A tree, inside jit, with every array in the memory of the devices."""
+    return jax.device_put(tree, jax.memory.Space.Device)
+
+
+def on_hosts(tree: Any) -> Any:
+    """A tree, inside jit, with every array in the memory of the hosts."""
+    return jax.device_put(tree, jax.memory.Space.Host)
+
+
 def divided_spec(
     shape: Sequence[int],
     axes: Sequence[str | None],

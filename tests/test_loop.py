@@ -289,6 +289,21 @@ def test_going_on_on_another_mesh(corpus, undisturbed, tmp_path):
         np.testing.assert_allclose(*([x for x in y if x is not None] for y in (one, other)), 1e-5)
 
 
+def test_moments_on_the_host_are_as_good_and_resume_to_the_bit(corpus, undisturbed, tmp_path):
+    settings = {"optimizer": {"peak_lr": 1e-2, "warmup_steps": 2, "offload": True}}
+    settings["mesh"] = {"data": 1, "fsdp": 2, "tensor": 2}
+    config = make_config(corpus, tmp_path / "whole", **settings)
+    moments = jax.tree.leaves(loop.make_run(config).program.state.optimizer.mu)
+    assert {moment.sharding.memory_kind for moment in moments} == {"pinned_host"}
+    assert train(config) == 0
+    half = restart_at(HALF, tmp_path / "whole", tmp_path / "half")
+    assert train(make_config(corpus, half, **settings)) == 0
+    bits, place, losses = ending(tmp_path / "whole")
+    assert ending(half) == (bits, place, losses)
+    for one, other in zip(losses, ending(undisturbed)[2], strict=True):
+        np.testing.assert_allclose(*([x for x in y if x is not None] for y in (one, other)), 1e-5)
+
+
 # What may change and what may not -----------------------------------------------------------------
 
 

@@ -484,6 +484,7 @@ gradient_and_logits = quick_jit(
         ComputeConfig(remat="full"),
         ComputeConfig(remat="named", remat_save=("query", "gate")),
         ComputeConfig(remat="named", remat_save=("query", "gate"), scan_layers=False),
+        ComputeConfig(remat="named", remat_save=("query",), remat_offload=("gate", "up")),
     ],
     ids=lambda c: f"{c.remat}-{'scanned' if c.scan_layers else 'unrolled'}",
 )

@@ -25,6 +25,12 @@ def as_fp32(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
+def on_host(state):
+    """The optimizer's state with its moments where training with `offload` keeps them."""
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    return state._replace(mu=jax.device_put(state.mu, host), nu=jax.device_put(state.nu, host))
+
+
 def adamw_by_sums(params, gradients, rates, config):
     """AdamW in float64, the moments written out as weighted sums of all gradients so far."""
     clipped = []
@@ -46,12 +52,16 @@ def adamw_by_sums(params, gradients, rates, config):
     return params
 
 
+@pytest.mark.parametrize("offload", [False, True], ids=["on the device", "moments on the host"])
 @pytest.mark.parametrize("scale", [0.01, 10.0], ids=["below the clip", "clipped"])
-def test_adamw_is_its_definition(scale):
-    config = OptimizerConfig(peak_lr=0.05, warmup_steps=3, eps=1e-3, weight_decay=0.3)
+def test_adamw_is_its_definition(scale, offload):
+    config = OptimizerConfig(
+        peak_lr=0.05, warmup_steps=3, eps=1e-3, weight_decay=0.3, offload=offload
+    )
     optimizer = adamw(config, 8, AXES)
     gradients = [normal(seed, scale) for seed in range(1, 7)]
     params, state = as_fp32(normal(0)), optimizer.init(as_fp32(normal(0)))
+    state = on_host(state) if offload else state
     rates = []
     for step, gradient in enumerate(gradients):
         params, state, metrics = jax.jit(optimizer.update)(as_fp32(gradient), state, params, step)
@@ -61,6 +71,19 @@ def test_adamw_is_its_definition(scale):
     for name in params:
         np.testing.assert_allclose(params[name], expected[name], rtol=1e-5, atol=1e-6)
     assert int(state.count) == len(gradients)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves((state.mu, state.nu))}
+    assert kinds == {"pinned_host" if offload else "device"}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_unwanted_update_keeps_every_bit(offload):
+    optimizer = adamw(OptimizerConfig(warmup_steps=0, offload=offload), 8, AXES)
+    params = as_fp32(normal(0))
+    state = optimizer.init(params)._replace(mu=as_fp32(normal(1)), nu=as_fp32(normal(2)))
+    state = on_host(state) if offload else state
+    gradients = jax.tree.map(lambda x: x * jnp.nan, params)
+    moved = jax.jit(optimizer.update)(gradients, state, params, 3, jnp.asarray(False))[:2]
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get(((params, state), moved)))
 
 
 def test_matrices_decay_and_norms_do_not():

@@ -60,17 +60,18 @@ def forward_program(model: Llama) -> ClosedJaxpr:
 
 
 @pytest.mark.parametrize(
-    ("remat", "save", "again"),
+    ("remat", "save", "offload", "again"),
     [
-        ("none", (), 0),
-        ("named", get_args(RematName), 1),  # the scores, to form the softmax anew
-        ("named", ("query", "key", "value"), 5),
-        ("full", (), 8),  # all but `down`, whose result the backward pass does not read
+        ("none", (), (), 0),
+        ("named", get_args(RematName), (), 1),  # the scores, to form the softmax anew
+        ("named", ("query", "key", "value"), (), 5),
+        ("named", ("query",), ("key", "value"), 5),
+        ("full", (), (), 8),  # all but `down`, whose result the backward pass does not read
     ],
 )
-def test_remat_computes_again_what_it_did_not_save(remat, save, again):
+def test_remat_computes_again_what_it_did_not_save(remat, save, offload, again):
     """Products per layer: of the forward pass 9, of the backward pass 18, and those done again."""
-    compute = ComputeConfig(scan_layers=False, remat=remat, remat_save=save)
+    compute = ComputeConfig(scan_layers=False, remat=remat, remat_save=save, remat_offload=offload)
     model = Llama(CONFIG, compute)
 
     def loss(params, tokens):

@@ -268,10 +268,14 @@ def test_the_loss_and_its_gradients_are_those_of_one_device(sizes):
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["scanned", "unrolled"])
-@pytest.mark.parametrize("sizes", [(1, 1, 2), (1, 2, 2), (1, 1, 2, 2)], ids=str)
-def test_sharded_decoding_equals_the_full_forward_alone(sizes, stacked):
+@pytest.mark.parametrize(
+    ("sizes", "preset"),
+    [((1, 1, 2), "decode"), ((1, 2, 2), "decode"), ((1, 1, 2, 2), "decode"), ((1, 1, 2), "train")],
+    ids=str,
+)
+def test_sharded_decoding_equals_the_full_forward_alone(sizes, preset, stacked):
     """Ragged prompts are prefilled, then three tokens are fed one by one."""
-    mesh, rules = mesh_of(sizes), PRESETS["decode"]
+    mesh, rules = mesh_of(sizes), PRESETS[preset]
     slots, prompt, steps = 12, 5, 3
     lengths = np.array([5, 2, 4, 3], np.int32)
     random = np.random.default_rng(1)

@@ -82,7 +82,7 @@ def test_accumulation_is_one_large_batch():
     model = Llama(MODEL, ComputeConfig(scan_layers=False, loss_chunks=1))
     gradient_as_state = Optimizer(
         init=lambda params: jax.tree.map(jnp.zeros_like, params),
-        update=lambda gradients, state, params, step: (params, gradients, {}),
+        update=lambda gradients, state, params, step, wanted: (params, gradients, {}),
         axes=model.axes(),
     )
     state = init_state(jax.jit(model.init)(jax.random.key(0)), gradient_as_state)

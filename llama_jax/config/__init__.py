@@ -144,15 +144,23 @@ class ComputeConfig(Schema):
     """What the backward pass recomputes: nothing, everything, or all but remat_save."""
     remat_save: tuple[RematName, ...] = ()
     """With remat: named, the values kept for the backward pass."""
+    remat_offload: tuple[RematName, ...] = ()
+    """With remat: named, values kept for the backward pass in the hosts' memory."""
     loss_chunks: int = Field(default=8, ge=1)
     """Parts of the sequence whose logits exist at one time in the loss."""
 
     @model_validator(mode="after")
     def _remat_agrees(self) -> Self:
-        if self.remat_save and self.remat != "named":
-            raise ValueError(f"remat_save is read only with remat: named, not {self.remat}")
-        if self.remat == "named" and not self.remat_save:
-            raise ValueError(f"remat: named needs remat_save, some of {get_args(RematName)}")
+        for name in ("remat_save", "remat_offload"):
+            if getattr(self, name) and self.remat != "named":
+                raise ValueError(f"{name} is read only with remat: named, not {self.remat}")
+        if self.remat == "named" and not (self.remat_save or self.remat_offload):
+            raise ValueError(
+                "remat: named needs remat_save or remat_offload, some of "
+                f"{', '.join(get_args(RematName))}"
+            )
+        if twice := set(self.remat_save) & set(self.remat_offload):
+            raise ValueError(f"both remat_save and remat_offload name {', '.join(sorted(twice))}")
         return self
 
 
@@ -306,6 +314,8 @@ class OptimizerConfig(Schema):
     """Decoupled decay of matrices; norms are left alone."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global norm of the gradient."""
+    offload: bool = False
+    """Keep both moments in the hosts' memory; each step they come to the devices and go back."""
 
 
 class CheckpointConfig(Schema):

@@ -242,7 +242,12 @@ def _rematerialise(block: Any, compute: ComputeConfig, inside_scan: bool) -> Any
         return block
     policy = None
     if compute.remat == "named":
-        policy = jax.checkpoint_policies.save_only_these_names(*compute.remat_save)
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=compute.remat_save,
+            names_which_can_be_offloaded=compute.remat_offload,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
     # A scan already keeps the recomputation apart; unrolled layers need the barrier against CSE.
     return jax.checkpoint(block, policy=policy, prevent_cse=not inside_scan)
 

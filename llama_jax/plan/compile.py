@@ -41,6 +41,7 @@ class Compiled(NamedTuple):
     """A compiled step.
 
     peak: bytes that a device holds at the worst moment, as the compiler laid them out.
+    host: bytes of the host's memory for one device.
     arguments, temporary: bytes of what goes in, and of what exists only during the step; together
         more than the peak, since parts of the former are free before parts of the latter exist.
     hlo: the program of one device.
@@ -48,6 +49,7 @@ class Compiled(NamedTuple):
     """
 
     peak: int
+    host: int
     arguments: int
     temporary: int
     hlo: str
@@ -167,8 +169,10 @@ def compile_step(step: Step) -> Compiled | OutOfMemory:
             raise
         return out_of_memory(message, time.monotonic() - started)
     sizes = compiled.memory_analysis()
+    host = sizes.host_argument_size_in_bytes + sizes.host_temp_size_in_bytes
     return Compiled(
-        peak=sizes.peak_memory_in_bytes,
+        peak=sizes.peak_memory_in_bytes - host,  # the compiler's covers both memories
+        host=host,
         arguments=sizes.argument_size_in_bytes,
         temporary=sizes.temp_size_in_bytes,
         hlo=compiled.as_text(),

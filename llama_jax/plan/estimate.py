@@ -191,11 +191,11 @@ def _machine(topology: Topology, sizes: Mapping[str, int], config: PlanConfig) -
 
 
 def _memory(memory: Memory, found: Compiled | OutOfMemory | None, topology: Topology) -> Record:
-    limit = topology.chip.memory
+    limit, host = topology.chip.memory, memory.host
     largest: Sequence[Any] = memory.tensors
     match found:
         case Compiled():
-            peak, source = found.peak, "compiler"
+            peak, host, source = found.peak, found.host, "compiler"
             kinds = {"arguments": found.arguments, "temporary": found.temporary}
         case OutOfMemory():
             peak, source, kinds = found.required or memory.total, "compiler", {}
@@ -208,6 +208,8 @@ def _memory(memory: Memory, found: Compiled | OutOfMemory | None, topology: Topo
         "fits": fits,
         "peak_bytes_per_chip": peak,
         "hbm_bytes_per_chip": limit,
+        "host_bytes_per_chip": host,
+        "host_bytes_moved_per_chip": memory.moved,
         "memory_from": source,
         "memory_by_kind": memory.kinds,
         "memory_closed_form": memory.total,

@@ -20,7 +20,9 @@ from sharding.rules import PRESETS, Rules
 
 MASTER, MOMENTS, BF16 = 4, 8, 2  # bytes: an fp32 number, two of them, one in bf16
 LESS_STATE = "a larger mesh.fsdp or mesh.tensor"
+LESS_MOMENTS = f"{LESS_STATE}, or optimizer.offload"
 LESS_ROWS = "a smaller data.batch_size or a larger accumulate"
+LESS_KEPT = f"compute.remat: full, compute.remat_offload, {LESS_ROWS}"
 
 
 class Tensor(NamedTuple):
@@ -36,10 +38,14 @@ class Memory(NamedTuple):
 
     kinds: what for -> bytes. The working set of a layer and the logits are not there at one time.
     tensors: the largest first.
+    host: bytes besides, in the memory of its host.
+    moved: bytes that go to the host and come back in a step, counted once.
     """
 
     kinds: dict[str, int]
     tensors: tuple[Tensor, ...]
+    host: int = 0
+    moved: int = 0
 
     @property
     def total(self) -> int:
@@ -109,6 +115,9 @@ def training_memory(config: TrainConfig, sizes: Mapping[str, int]) -> Memory:
         kept = widths
     layers = config.model.n_layers
     saved = {name: layers * tokens * width * wide for name, width in kept.items()}
+    sent = sum(layers * tokens * widths[name] * wide for name in config.compute.remat_offload)
+    moments = count * MOMENTS
+    on_device = 0 if config.optimizer.offload else MOMENTS
     # The last of four blocks of queries sees every key; a kernel keeps no scores.
     block = tokens // 4 * widths["scores"] * 8 // 5
     working = tokens * sum(widths.values()) * wide + block * MASTER
@@ -116,16 +125,18 @@ def training_memory(config: TrainConfig, sizes: Mapping[str, int]) -> Memory:
 
     tensors = [
         *(
-            Tensor(f"{kind} {name}", size * each, LESS_STATE)
+            Tensor(
+                f"{kind} {name}", size * each, LESS_MOMENTS if kind == "optimizer" else LESS_STATE
+            )
             for kind, each in (
                 ("parameters", MASTER),
-                ("optimizer", MOMENTS),
+                ("optimizer", on_device),
                 ("gradients", MASTER * copies),
             )
             for name, size in held.items()
         ),
         *(
-            Tensor(f"kept by every layer: {name}", size, f"compute.remat: full, {LESS_ROWS}")
+            Tensor(f"kept by every layer: {name}", size, LESS_KEPT)
             for name, size in saved.items()
             if name != "input"
         ),
@@ -135,13 +146,18 @@ def training_memory(config: TrainConfig, sizes: Mapping[str, int]) -> Memory:
     ]
     kinds = {
         "parameters": count * MASTER,
-        "optimizer": count * MOMENTS,
+        "optimizer": count * on_device,
         "gradients": count * MASTER * copies,
         "activations": sum(saved.values()),
         "working set": working,
         "logits": logits,
     }
-    return Memory(kinds, tuple(sorted(tensors, key=lambda tensor: -tensor.bytes)))
+    return Memory(
+        kinds,
+        tuple(sorted(tensors, key=lambda tensor: -tensor.bytes)),
+        host=sent + moments - count * on_device,
+        moved=sent * config.accumulate + moments - count * on_device,
+    )
 
 
 def _layer_widths(config: TrainConfig, sizes: Mapping[str, int], rules: Rules) -> dict[str, int]:

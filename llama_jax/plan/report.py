@@ -69,6 +69,10 @@ def _memory(record: dict[str, Any]) -> Table:
     for kind, size in record["memory_by_kind"].items():
         table.add_row(f"  {kind} (closed form)", f"{size / GIB:,.2f}")
     table.add_row("  together (closed form)", f"{record['memory_closed_form'] / GIB:,.2f}")
+    if record["host_bytes_per_chip"]:
+        moved = record["host_bytes_moved_per_chip"] / 1e9
+        table.add_row("of its host, besides", f"{record['host_bytes_per_chip'] / GIB:,.2f}")
+        table.caption = f"{moved:,.2f} GB go there and back in a step, which no time below counts"
     return table
 
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from sharding.partition import on_devices
+
 WORD = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the bytes of an element
 
 Axes = frozenset[str]
@@ -51,7 +53,7 @@ def make_checksums(state: Any, mesh: Mesh) -> tuple[Checksums, tuple[Axes, ...]]
     everywhere = jax.shard_map(
         local, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False
     )
-    return lambda state: everywhere(jax.tree.leaves(state)), tuple(leaves)
+    return lambda state: everywhere(jax.tree.leaves(on_devices(state))), tuple(leaves)
 
 
 def difference(sums: np.ndarray, groups: tuple[Axes, ...], mesh: Mesh) -> str | None:

@@ -36,6 +36,7 @@ from llama_jax.train.spikes import Spike, Window
 from llama_jax.train.step import Batch, TrainState, init_state, lm_loss, make_evaluation
 from llama_jax.train.stop import StopRequest, both_wishes, wishes
 from sharding.distributed import barrier, from_local_rows, local_rows
+from sharding.partition import on_devices
 
 DONE, STOPPED = 0, 75
 SLOWEST_SECONDS = 600.0  # for a process to come where the others are
@@ -361,7 +362,7 @@ def compile_programs(run: Run) -> Programs:
     evaluate = jax.jit(make_evaluation(loss_fn, config.accumulate), out_shardings=everywhere)
     is_finite = jax.jit(
         lambda state: jnp.all(
-            jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)])
+            jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(on_devices(state))])
         )
     )
     checksums, groups = make_checksums(program.state, program.mesh) or (None, ())

@@ -26,7 +26,7 @@ from llama_jax.train.step import (
     state_axes,
 )
 from sharding.mesh import make_mesh
-from sharding.partition import placed, shardings
+from sharding.partition import in_host_memory, placed, shardings
 from sharding.rules import PRESETS
 
 BATCH_TYPES = {
@@ -44,7 +44,7 @@ class Program(NamedTuple):
     state, batch: trees of ShapeDtypeStructs with the shardings the arrays will have.
     step: jitted (state, batch) -> (state, metrics), the old state given up; to be lowered and run
         under `jax.set_mesh(mesh)`. Several processes add to the batch what each wants (`wishes`);
-        the largest of each is among the metrics.
+        the sum of each is among the metrics.
     """
 
     model: Llama
@@ -78,10 +78,12 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
         batch_places = shardings(batch, batch_axes, mesh, rules)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.optimizer.offload:
+        state_places = state_places._replace(optimizer=in_host_memory(state_places.optimizer))
     train_step = make_step(lm_loss(model, config.z_loss), optimizer, config.accumulate)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
-        wanted = {name: jnp.max(batch[name]) for name in batch.keys() - BATCH_TYPES.keys()}
+        wanted = {name: jnp.sum(batch[name]) for name in batch.keys() - BATCH_TYPES.keys()}
         state, metrics = train_step(state, {name: batch[name] for name in BATCH_TYPES})
         return state, metrics | wanted
 

@@ -113,17 +113,11 @@ def make_step(
         weight = sums["weight"]
         share = 1 / weight  # a product is fused into its uses, a quotient is a second tree
         gradients = jax.tree.map(lambda gradient: gradient * share, gradients)
-        params, optimizer_state, report = optimizer.update(
-            gradients, state.optimizer, state.params, state.step
-        )
-
         # One bad entry, or one so large that its square overflows, makes the norm infinite or NaN.
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
-        params, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, optimizer_state),
-            (state.params, state.optimizer),
+        params, optimizer_state, report = optimizer.update(
+            gradients, state.optimizer, state.params, state.step, finite
         )
         missed = 1 - finite.astype(jnp.int32)
         state = TrainState(
