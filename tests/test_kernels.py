@@ -137,6 +137,8 @@ def test_auto_is_the_kernel_of_the_platform():
         *("splash", "flash", "flash", "xla")
     ]
     assert chosen("xla", "tpu") == "xla"
+    # Splash splits a row's tokens over devices, flash does not.
+    assert [chosen("auto", name, devices=2) for name in ("tpu", "gpu")] == ["splash", "xla"]
 
 
 def test_a_balanced_order_gives_every_device_the_same_work():

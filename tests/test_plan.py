@@ -179,6 +179,25 @@ def test_the_closed_form_of_state_is_what_a_device_holds(fsdp, tensor):
     assert memory.total < sum(memory.kinds.values())
 
 
+def test_what_lies_on_the_host_is_not_on_the_device():
+    names = ("query", "key")
+    sizes = {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+
+    def memory(**changes):
+        return training_memory(make_config(accumulate=2, **changes), sizes)
+
+    here = memory(compute={"remat": "named", "remat_save": names})
+    there = memory(optimizer={"offload": True}, compute={"remat": "named", "remat_offload": names})
+    inputs = memory(compute={"remat": "full"}).kinds["activations"]
+    sent = here.kinds["activations"] - inputs
+    assert there.kinds == {**here.kinds, "optimizer": 0, "activations": inputs}
+    assert (there.host, there.moved) == (
+        here.kinds["optimizer"] + sent,
+        here.kinds["optimizer"] + 2 * sent,  # each part of the batch sends its own
+    )
+    assert here.host == here.moved == 0
+
+
 def test_keeping_more_takes_more_memory_and_fewer_flops():
     keep = ("query", "key", "value", "attended", "attention_out", "gate", "up")
     kinds = [("full", ()), ("named", keep[:3]), ("named", keep), ("none", ())]
@@ -371,6 +390,12 @@ def test_the_command_in_words_and_as_json(tmp_path: Path, capsys):
         (["--topology", "v5e:5x5"], "there is no slice"),
         (["--mesh.tensor", "3"], "multiply to 3, which does not divide the 4 devices"),
         (["--topology", "h100:8", "--slices", "2"], "slices are a TPU's"),
+        (["--mesh.context", "2"], "with splash attention the sequence length must be a multiple"),
+        (["--mesh.context", "2", "--compute.attention", "flash"], "does not split a row's tokens"),
+        (
+            ["--mesh.context", "2", "--compute.attention", "xla", "--compute.loss_chunks", "64"],
+            "the logits of one of compute.loss_chunks: dimension 1 (seq) is 1",
+        ),
     ],
 )
 def test_mistakes_are_bad_usage(tmp_path: Path, capsys, arguments, message):

@@ -26,12 +26,13 @@ from llama_jax.model.ops.product import Weight, product
 from llama_jax.model.ops.rope import rotations
 from llama_jax.model.ops.weight import take
 from llama_jax.model.param import box, fan_in_normal, param, split, stack_boxes
-from sharding.constrain import constrain
+from sharding.constrain import constrain, parts
 from sharding.rules import Rules
 
 Params = dict[str, Any]
 Head = Literal["lm", "scalar", "none"]
 RESIDUAL = ("batch", "residual_seq", "act_embed")  # axes of the stream between blocks
+LOGITS = ("batch", "seq", "act_vocab")
 
 
 class Output(NamedTuple):
@@ -176,7 +177,8 @@ class Llama:
         slots_BT: jax.Array,
         rows_B: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
-        layer = Layer(self.config, self.rules, chosen(self.compute.attention))
+        kernel = chosen(self.compute.attention, devices=parts("seq", self.rules))
+        layer = Layer(self.config, self.rules, kernel)
 
         def block(
             x: jax.Array, weights: Any, layer_cache: LayerCache | None
@@ -226,7 +228,7 @@ class Llama:
                     logits = product("BTD,VD->BTV", x, params["embed"], jnp.float32)
                 else:
                     logits = product("BTD,DV->BTV", x, params["head"], jnp.float32)
-                return constrain(logits, ("batch", "seq", "act_vocab"), self.rules)
+                return constrain(logits, LOGITS, self.rules)
 
     def output_weight(self, params: Params) -> Any:
         """The (D, V) matrix that turns hidden states into logits, in the layout it is given in."""

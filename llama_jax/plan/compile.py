@@ -40,7 +40,8 @@ CARDS = {
 class Compiled(NamedTuple):
     """A compiled step.
 
-    peak: bytes that a device holds at the worst moment, as the compiler laid them out.
+    peak: bytes that a device holds at the worst moment, as the compiler laid them out; where values
+        of the backward pass lie on the host, no more than this.
     host: bytes of the host's memory for one device.
     arguments, temporary: bytes of what goes in, and of what exists only during the step; together
         more than the peak, since parts of the former are free before parts of the latter exist.
@@ -169,10 +170,14 @@ def compile_step(step: Step) -> Compiled | OutOfMemory:
             raise
         return out_of_memory(message, time.monotonic() - started)
     sizes = compiled.memory_analysis()
-    host = sizes.host_argument_size_in_bytes + sizes.host_temp_size_in_bytes
+    # The compiler's peak is that of both memories together. What comes and goes on the host need
+    # not be there when the device holds the most.
+    peak = sizes.peak_memory_in_bytes - sizes.host_argument_size_in_bytes
+    if sizes.host_temp_size_in_bytes:
+        peak = min(peak, sizes.argument_size_in_bytes + sizes.temp_size_in_bytes)
     return Compiled(
-        peak=sizes.peak_memory_in_bytes - host,  # the compiler's covers both memories
-        host=host,
+        peak=peak,
+        host=sizes.host_argument_size_in_bytes + sizes.host_temp_size_in_bytes,
         arguments=sizes.argument_size_in_bytes,
         temporary=sizes.temp_size_in_bytes,
         hlo=compiled.as_text(),

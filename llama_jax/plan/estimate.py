@@ -33,7 +33,7 @@ from llama_jax.plan.roofline import (
     wire,
 )
 from llama_jax.plan.settings import PlanConfig
-from llama_jax.train.program import check_rows
+from llama_jax.train.program import check_rows, check_tokens
 from sharding.collectives import Collective, collectives, totals
 from sharding.mesh import resolve
 from sharding.rules import PRESETS
@@ -74,6 +74,9 @@ def estimate(config: PlanConfig, topology: Topology, compiled: bool = True) -> R
         memory = decoding_memory(config, sizes, PRESETS[mesh_config.rules])
     else:
         check_rows(config, sizes)
+        kernel = check_tokens(config, sizes, "gpu" if topology.chip.is_gpu else "tpu")
+        compute = config.compute.model_copy(update={"attention": kernel})
+        config = config.model_copy(update={"compute": compute})
         memory = training_memory(config, sizes)
     missing = missing_compiler(topology)
     reading = _traced(config) if missing or not compiled else _compiled(config, topology)
@@ -196,6 +199,8 @@ def _memory(memory: Memory, found: Compiled | OutOfMemory | None, topology: Topo
     match found:
         case Compiled():
             peak, host, source = found.peak, found.host, "compiler"
+            if not topology.chip.is_gpu:  # a TPU's compiler refuses what does not fit
+                peak = min(peak, limit)
             kinds = {"arguments": found.arguments, "temporary": found.temporary}
         case OutOfMemory():
             peak, source, kinds = found.required or memory.total, "compiler", {}

@@ -13,7 +13,7 @@ import jax
 
 from llama_jax.config import ConfigError, ModelConfig, TrainConfig
 from llama_jax.model.cache import KVCache
-from llama_jax.model.llama import Llama
+from llama_jax.model.llama import LOGITS, RESIDUAL, Llama
 from llama_jax.plan.settings import PlanConfig
 from sharding.partition import divided_spec
 from sharding.rules import PRESETS, Rules
@@ -168,7 +168,7 @@ def _layer_widths(config: TrainConfig, sizes: Mapping[str, int], rules: Rules) -
     """
     model, length = config.model, config.data.sequence_length
     scores = length * 5 // 8 if config.compute.attention == "xla" else 0
-    stream = local((length, model.d_model), ("residual_seq", "act_embed"), sizes, rules)
+    stream = local((length, model.d_model), RESIDUAL[1:], sizes, rules)
     stream //= local((length,), ("seq",), sizes, rules)
 
     def width(count: int, axis: str) -> int:
@@ -199,7 +199,7 @@ def _logits(config: TrainConfig, sizes: Mapping[str, int], rules: Rules, wide: i
     rows = config.data.batch_size // config.accumulate
     chunk = config.data.sequence_length // config.compute.loss_chunks
     shape = (rows, chunk, config.model.vocab_size)
-    logits = local(shape, ("batch", "seq", "act_vocab"), sizes, rules, "the logits")
+    logits = local(shape, LOGITS, sizes, rules, "the logits")
     head = config.model.d_model * local((config.model.vocab_size,), ("vocab",), sizes, rules)
     return (logits + head) * (MASTER + wide)
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import ConfigError, TrainConfig
-from llama_jax.model.llama import Llama
-from llama_jax.model.ops.kernels import chosen
+from llama_jax.model.llama import LOGITS, RESIDUAL, Llama
+from llama_jax.model.ops.kernels import Kernel, check_split, chosen
 from llama_jax.train.optimizer import Optimizer, adamw
 from llama_jax.train.step import (
     Batch,
@@ -26,7 +26,7 @@ from llama_jax.train.step import (
     state_axes,
 )
 from sharding.mesh import make_mesh
-from sharding.partition import in_host_memory, placed, shardings
+from sharding.partition import divided_spec, in_host_memory, placed, shardings
 from sharding.rules import PRESETS
 
 BATCH_TYPES = {
@@ -62,8 +62,12 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
         ConfigError: mesh, model and batch do not fit together or do not fit the devices.
     """
     rules = PRESETS[config.mesh.rules]
-    platform = (devices or jax.devices())[0].platform
-    kernel = chosen(config.compute.attention, platform)
+    try:
+        mesh = make_mesh(config.mesh.sizes, devices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    check_rows(config, mesh.shape)
+    kernel = check_tokens(config, mesh.shape, mesh.devices.flat[0].platform)
     compute = config.compute.model_copy(update={"attention": kernel})
     model = Llama(config.model, compute, rules)
     optimizer = adamw(config.optimizer, config.steps, model.axes())
@@ -72,8 +76,6 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
     batch = {name: jax.ShapeDtypeStruct((rows, length), kind) for name, kind in BATCH_TYPES.items()}
     batch_axes = dict.fromkeys(batch, ("batch", "seq"))
     try:
-        mesh = make_mesh(config.mesh.sizes, devices)
-        check_rows(config, mesh.shape)
         state_places = shardings(state, state_axes(model.axes(), optimizer), mesh, rules)
         batch_places = shardings(batch, batch_axes, mesh, rules)
     except ValueError as error:
@@ -115,3 +117,29 @@ def check_rows(config: TrainConfig, sizes: Mapping[str, int]) -> None:
             f"data.batch_size / accumulate ({rows}) must be a multiple of mesh.data x mesh.fsdp "
             f"({shares} on these devices), which split the batch"
         )
+
+
+def check_tokens(config: TrainConfig, sizes: Mapping[str, int], platform: str) -> Kernel:
+    """The kernel of attention, once it is known that the devices can share the tokens of a row.
+
+    Args:
+        config: the run.
+        sizes: mesh axis -> devices along it.
+        platform: of the devices.
+
+    Raises:
+        ConfigError: naming the numbers.
+    """
+    rules = PRESETS[config.mesh.rules]
+    rows, length = config.data.batch_size // config.accumulate, config.data.sequence_length
+    devices = math.prod(sizes[axis] for axis in rules.mesh_axes("seq"))
+    kernel = chosen(config.compute.attention, platform, devices)
+    stream = (rows, length, config.model.d_model)
+    logits = (rows, length // config.compute.loss_chunks, config.model.vocab_size)
+    try:
+        check_split(kernel, length, devices)
+        divided_spec(stream, RESIDUAL, sizes, rules, "the stream between blocks")
+        divided_spec(logits, LOGITS, sizes, rules, "the logits of one of compute.loss_chunks")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return kernel

@@ -24,11 +24,35 @@ LARGEST_BLOCK = 1024  # queries, or keys, that are loaded at once
 LARGEST_PART = 512  # keys that are computed at once
 
 
-def chosen(kernel: Kernel, platform: str | None = None) -> Kernel:
-    """The kernel itself, or that of a platform (None: of this process) for "auto"."""
+def chosen(kernel: Kernel, platform: str | None = None, devices: int = 1) -> Kernel:
+    """The kernel itself, or for "auto" that of a platform (None: of this process) which splits a
+    row's tokens over so many devices."""
     if kernel != "auto":
         return kernel
-    return OF_PLATFORM.get(platform or jax.default_backend(), "xla")
+    found = OF_PLATFORM.get(platform or jax.default_backend(), "xla")
+    return "xla" if found == "flash" and devices > 1 else found
+
+
+def check_split(kernel: Kernel, length: int, devices: int) -> None:
+    """Refuses rows that cannot be split over devices so that each has the same causal work.
+
+    Raises:
+        ValueError: naming the numbers and the remedy.
+    """
+    if devices == 1:
+        return
+    if kernel == "flash":
+        raise ValueError(
+            "the flash kernel does not split a row's tokens: use mesh.context 1, or "
+            "compute.attention xla"
+        )
+    block = LANES if kernel == "splash" else 1
+    if length % (2 * devices * block):
+        raise ValueError(
+            f"{length} tokens of a row cannot be shared evenly by {devices} devices: with "
+            f"{kernel} attention the sequence length must be a multiple of {2 * devices * block} "
+            f"(2 x mesh.context{f' x {block}' if block > 1 else ''})"
+        )
 
 
 def fused(
@@ -55,15 +79,11 @@ def fused(
         ValueError: the kernel cannot split these tokens.
     """
     B, T = q_BTNH.shape[:2]
+    check_split(kernel, T, parts("seq", rules))
     if segments_BT is None:
         segments_BT = jnp.ones((B, T), jnp.int32)
     if kernel == "splash":
         return _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, interpret)
-    if parts("seq", rules) > 1:
-        raise ValueError(
-            "the flash kernel does not split a row's tokens: use mesh.context 1, or "
-            "compute.attention xla"
-        )
     return _flash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, interpret)
 
 
@@ -76,11 +96,6 @@ def _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, interpret):
     devices = parts("seq", rules)
     if devices == 1:
         q_BTNH, k_BKTH, v_BKTH, segments_BT = _padded(q_BTNH, k_BKTH, v_BKTH, segments_BT)
-    elif T % (2 * devices * LANES):
-        raise ValueError(
-            f"the splash kernel splits {T} tokens over {devices} devices only in blocks of "
-            f"{LANES}: the sequence length must be a multiple of {2 * devices * LANES}"
-        )
     length = q_BTNH.shape[1]
     mask = masks.CausalMask((length, length))
     if balanced:
