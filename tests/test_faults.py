@@ -118,22 +118,29 @@ def assert_close(actual, expected):
     assert actual[1] == pytest.approx(expected[1], rel=1e-5)
 
 
-def test_two_processes_are_one_and_one_can_go_on_for_two(runs, alone):
-    """Both stop after the same step at a signal to one; one process does the rest."""
-    path = runs.settings("pair", **SIXTY)
-    pair = runs.start_several(path, 2)
-    wait_until(lambda: len(steps_logged(runs.folder / "pair")) > 5)
-    pair[1].terminate()
-    assert codes(pair) == [75, 75], "\n".join(map(said, pair))
-    (*_, stopped) = checkpoint.steps(runs.folder / "pair" / "checkpoints")
-    assert 5 < stopped < 60
-    assert f"after step {stopped}; the same command goes on" in said(pair[0])
-    listed = (runs.folder / "pair" / "checkpoints" / str(stopped) / "manifest.json").read_text()
-    assert "ocdbt.process_0" in listed
-    assert "ocdbt.process_1" in listed
+@pytest.mark.parametrize(
+    "counts", [(2, 1), pytest.param((4, 2, 1), marks=pytest.mark.slow)], ids=str
+)
+def test_several_processes_are_one_and_fewer_can_go_on(runs, alone, counts):
+    """All stop after the same step at a signal to one; fewer go on, and one does the rest."""
+    *several, one = counts
+    name = f"group{several[0]}"
+    path, out = runs.settings(name, **SIXTY), runs.folder / name
+    stopped = 0
+    for count in several:
+        group = runs.start_several(path, count)
+        wait_until(lambda: len(steps_logged(out)) > stopped + 5)  # noqa: B023
+        group[-1].terminate()
+        assert codes(group) == [75] * count, "\n".join(map(said, group))
+        before, (*_, stopped) = stopped, checkpoint.steps(out / "checkpoints")
+        assert before + 5 < stopped < 60
+        assert f"after step {stopped}; the same command goes on" in said(group[0])
+        listed = (out / "checkpoints" / str(stopped) / "manifest.json").read_text()
+        assert all(f"ocdbt.process_{index}" in listed for index in range(count))
 
+    assert one == 1
     assert codes([runs.start(path, name="later")]) == [0]
-    assert_close(losses(runs.folder / "pair"), alone)
+    assert_close(losses(out), alone)
 
 
 def moments(runs, name):
