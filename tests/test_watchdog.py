@@ -2,9 +2,12 @@
 
 import socket
 
+import jax
 import pytest
 
 from llama_jax.config import DistributedConfig
+from llama_jax.train.checkpoint import CheckpointError
+from llama_jax.train.processes import may_be_anothers
 from llama_jax.train.watchdog import Peer, hung, is_closed, watch_port
 
 SETTINGS = DistributedConfig(hang_seconds=45)
@@ -88,3 +91,23 @@ def test_a_connection_is_closed_when_the_other_side_has_gone():
         assert here.recv(5) == b"words"
         assert is_closed(here)
         assert here.gettimeout() == 60.0
+
+
+@pytest.mark.parametrize(
+    ("cause", "anothers"),
+    [
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"), True),
+        (TimeoutError("completing a checkpoint: process 1 of 2 has not come within 60 s"), True),
+        (OSError(28, "No space left on device"), False),
+    ],
+)
+def test_a_failed_save_may_be_the_fault_of_a_lost_process(cause, anothers):
+    """Then the process waits to hear who it was, instead of blaming the disk."""
+    assert may_be_anothers(cause) == anothers
+    try:
+        try:
+            raise cause
+        except Exception as error:
+            raise CheckpointError("could not be written") from error
+    except CheckpointError as error:
+        assert may_be_anothers(error) == anothers

@@ -54,7 +54,7 @@ def joined(config: TrainConfig, clock: Clock) -> Iterator[None]:
             distributed.barrier("the end", END_SECONDS)
             distributed.stop()
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if may_be_anothers(error):
             watchdog.wait_for_verdict()
         code = BAD_USAGE if isinstance(error, ConfigError) else FAILED
         watchdog.leave(str(error) or type(error).__name__, code)
@@ -62,6 +62,17 @@ def joined(config: TrainConfig, clock: Clock) -> Iterator[None]:
             distributed.leave_alone(code)
         raise
     watchdog.leave()
+
+
+def may_be_anothers(error: BaseException) -> bool:
+    """Whether an error may come of the loss of another process: of jax, of waiting for others, or
+    raised because of such a one (a checkpoint that could not be completed)."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, jax.errors.JaxRuntimeError | TimeoutError):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
 
 
 def check_alike(config: TrainConfig) -> None:

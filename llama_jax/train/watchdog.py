@@ -289,8 +289,8 @@ class Watchdog:
     # Leaving ------------------------------------------------------------------------------------
 
     def wait_for_verdict(self) -> None:
-        """After an error of jax, which a lost process may have caused: gives its name time to
-        become known. Returns if no process is missed."""
+        """After an error that a lost process may have caused: gives its name time to become known.
+        Returns if no process is missed."""
         if self.lines:
             time.sleep(self.settings.silence_seconds + 3 * TICK_SECONDS)
 
