@@ -103,11 +103,14 @@ def test_a_connection_is_closed_when_the_other_side_has_gone():
 )
 def test_a_failed_save_may_be_the_fault_of_a_lost_process(cause, anothers):
     """Then the process waits to hear who it was, instead of blaming the disk."""
-    assert may_be_anothers(cause) == anothers
-    try:
+
+    def save():
         try:
             raise cause
         except Exception as error:
             raise CheckpointError("could not be written") from error
-    except CheckpointError as error:
-        assert may_be_anothers(error) == anothers
+
+    assert may_be_anothers(cause) == anothers
+    with pytest.raises(CheckpointError) as found:
+        save()
+    assert may_be_anothers(found.value) == anothers
