@@ -7,8 +7,9 @@ import pytest
 
 from llama_jax.config import DistributedConfig
 from llama_jax.train.checkpoint import CheckpointError
+from llama_jax.train.goodput import Clock
 from llama_jax.train.processes import may_be_anothers
-from llama_jax.train.watchdog import Peer, hung, is_closed, watch_port
+from llama_jax.train.watchdog import Peer, Watchdog, hung, is_closed, watch_port
 
 SETTINGS = DistributedConfig(hang_seconds=45)
 
@@ -91,6 +92,18 @@ def test_a_connection_is_closed_when_the_other_side_has_gone():
         assert here.recv(5) == b"words"
         assert is_closed(here)
         assert here.gettimeout() == 60.0
+
+
+def test_steps_between_two_looks_are_steps_too():
+    """A run whose first twenty steps nobody saw hangs after ten usual steps, not after minutes."""
+    clock = Clock("compile")
+    watchdog = Watchdog(SETTINGS, clock)
+    watchdog._look_at_myself(1.0)
+    watchdog._awake = 1.0
+    clock.step = 20
+    clock.switch("data")
+    watchdog._look_at_myself(1.0)
+    assert watchdog.peers[0].usual == 1.0 / 20
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,9 @@ class Watchdog:
         self._selector = selectors.DefaultSelector()
         self._mutex = threading.Lock()
         self._closing = threading.Event()
-        self._changes, self._stuck, self._first_step = -1, 0.0, (0, 0.0)
+        self._changes, self._stuck = -1, 0.0
         self._awake = 0.0  # seconds this process was running, as far as the watchdog saw
+        self._before_steps = 0, 0.0  # step and time when it was last seen before its first step
         self._pending: tuple[float, str, int] | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -245,10 +246,10 @@ class Watchdog:
         step, changes, activity = self.clock.step, self.clock.changes, self.clock.activity
         self._stuck = self._stuck + elapsed if changes == self._changes else 0.0
         self._changes = changes
-        if self._first_step[1] == 0.0 and activity in ("step", "data", "ahead"):
-            self._first_step = step, self._awake
-        done = step - self._first_step[0]
-        usual = (self._awake - self._first_step[1]) / done if done > 0 else 0.0
+        if activity in ("startup", "compile"):
+            self._before_steps = step, self._awake
+        done = step - self._before_steps[0]
+        usual = (self._awake - self._before_steps[1]) / done if done > 0 else 0.0
         me = Peer(self._index, self._host, step, changes, activity, 0.0, self._stuck, usual)
         self.peers[self._index] = me
         if LIFELINE in os.environ:
