@@ -25,6 +25,7 @@ from llama_jax.convert.source import DTYPES, Stored, load_params, narrowest
 from llama_jax.model.llama import Llama
 from llama_jax.tokenizer.train import train
 from llama_jax.train import checkpoint
+from llama_jax.train.manifest import write_manifest
 from sharding.mesh import make_mesh
 from sharding.partition import shardings
 from sharding.rules import PRESETS
@@ -41,6 +42,8 @@ UNSAID = {
     ("meta", "llama3.1"): "original_context 8192.*'original_context': 64",
     ("meta", "llama3.2_tied"): "original_context 8192.*'original_context': 64",
     ("gguf", "dynamic"): "cannot say rope scaling 'dynamic'",
+    ("meta", "mistral"): "no sliding windows",
+    ("gguf", "mistral"): "no sliding windows",
 }
 
 
@@ -109,6 +112,19 @@ def test_what_a_format_cannot_say_is_refused_before_anything_is_written(to, case
     with pytest.raises(ConfigError, match=UNSAID[to, case]):
         converted(GOLDEN / case, tmp_path / "there", to)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_windows_that_differ_between_layers_stay_in_our_format(tmp_path):
+    ours = converted(GOLDEN / "mistral", tmp_path / "ours", "llama_jax")
+    path = ours / "config.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("- 7", "- 7\n  - null"))
+    assert path.read_text() != text
+    (ours / "manifest.json").unlink()
+    write_manifest(ours)
+    assert open_source(ours).config.windows == (7, None)
+    with pytest.raises(ConfigError, match=r"windows are \[7, None\].* our own format only"):
+        converted(ours, tmp_path / "there", "huggingface")
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -43,7 +43,7 @@ def test_transformers_loads_our_folder_without_a_warning(case, torch, tmp_path, 
     logging.getLogger("transformers").propagate = True
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
-        model, told = transformers.LlamaForCausalLM.from_pretrained(
+        model, told = transformers.AutoModelForCausalLM.from_pretrained(
             there, dtype="auto", attn_implementation="eager", output_loading_info=True
         )
     logging.getLogger("transformers").propagate = False

@@ -31,7 +31,7 @@ def logits_of(config, params, ids):
 
 
 def test_every_golden_case_is_there():
-    assert len(CASES) == 10
+    assert len(CASES) == 11
     files = [path for case in CASES for path in (GOLDEN / case).iterdir()]
     assert sum(path.stat().st_size for path in files) <= 2e6
 
@@ -85,6 +85,15 @@ def test_without_its_scaling_a_golden_case_fails(case):
     golden = np.load(GOLDEN / case / "golden.npz")
     plain = config.model_copy(update={"rope_scaling": RopeScaling()})
     assert np.abs(logits_of(plain, params, golden["ids"]) - golden["logits"]).max() > 1e-2
+
+
+def test_without_its_windows_a_golden_case_fails():
+    config, params = load_folder(GOLDEN / "mistral")
+    golden = np.load(GOLDEN / "mistral" / "golden.npz")
+    assert config.windows == (7,)
+    for windows in ((), (6,), (8,)):
+        other = config.model_copy(update={"windows": windows})
+        assert np.abs(logits_of(other, params, golden["ids"]) - golden["logits"]).max() > 1e-2
 
 
 @pytest.mark.parametrize("case", ["llama3.1", "llama3.2_tied", "yarn"])
@@ -252,6 +261,11 @@ def test_scalings_in_every_spelling(tmp_path, section, spelling, given, expected
     [
         ({"architectures": ["MistralForCausalLM"]}, "architectures"),
         ({"model_type": "qwen2"}, "model_type"),
+        ({"model_type": "mistral"}, "architectures"),
+        (
+            {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
+            "a mistral model must give sliding_window",
+        ),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),

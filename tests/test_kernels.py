@@ -52,9 +52,10 @@ def assert_close(found, wanted):
 
 
 @functools.cache
-def wanted(**sizes):
+def wanted(window=None, **sizes):
     q, k, v, segments, positions = operands(**sizes)
-    reference = functools.partial(attend, visibility=Visibility(positions, segments))
+    visibility = Visibility(positions, segments, window=window)
+    reference = functools.partial(attend, visibility=visibility)
     return value_and_gradients(reference, q, k, v, segments > 0)
 
 
@@ -78,6 +79,17 @@ def test_a_kernel_gives_the_numbers_and_gradients_of_the_reference(kernel, sizes
     assert_close(value_and_gradients(function, q, k, v, segments > 0), wanted(**sizes))
 
 
+@pytest.mark.parametrize("window", [1, 40, 128, 300])
+def test_splash_has_sliding_windows(window):
+    q, k, v, segments, _ = operands()
+
+    def function(q, k, v):
+        return fused("splash", q, k, v, segments, window=window, interpret=True)
+
+    found = value_and_gradients(function, q, k, v, segments > 0)
+    assert_close(found, wanted(window))
+
+
 @pytest.mark.parametrize("kernel", ["splash", "flash"])
 def test_without_segments_a_row_is_one_document(kernel):
     q, k, v, _, _ = operands()
@@ -88,17 +100,18 @@ def test_without_segments_a_row_is_one_document(kernel):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "mesh_sizes", "balanced"),
+    ("kernel", "mesh_sizes", "balanced", "window"),
     [
-        ("splash", {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}, False),
-        ("flash", {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}, False),
-        ("splash", {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}, False),
-        ("splash", {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}, True),
-        ("xla", {"data": 1, "fsdp": 2, "context": 2, "tensor": 1}, False),
-        ("xla", {"data": 1, "fsdp": 1, "context": 4, "tensor": 1}, True),
+        ("splash", {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}, False, None),
+        ("flash", {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}, False, None),
+        ("splash", {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}, False, None),
+        ("splash", {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}, True, None),
+        ("splash", {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}, True, 150),
+        ("xla", {"data": 1, "fsdp": 2, "context": 2, "tensor": 1}, False, None),
+        ("xla", {"data": 1, "fsdp": 1, "context": 4, "tensor": 1}, True, 150),
     ],
 )
-def test_on_a_mesh_every_device_computes_its_part(kernel, mesh_sizes, balanced):
+def test_on_a_mesh_every_device_computes_its_part(kernel, mesh_sizes, balanced, window):
     sizes = {"T": 512}
     q, k, v, segments, positions = operands(**sizes)
     mesh = make_mesh(mesh_sizes, jax.devices()[:4])
@@ -108,10 +121,10 @@ def test_on_a_mesh_every_device_computes_its_part(kernel, mesh_sizes, balanced):
     def function(q, k, v):
         q, k, v = q[:, order], k[:, :, order], v[:, :, order]
         if kernel == "xla":
-            visibility = Visibility(positions[:, order], segments[:, order], balanced=balanced)
+            visibility = Visibility(positions[:, order], segments[:, order], None, balanced, window)
             y = attend(q, k, v, visibility, "xla", RULES)
         else:
-            y = fused(kernel, q, k, v, segments[:, order], RULES, balanced, interpret=True)
+            y = fused(kernel, q, k, v, segments[:, order], RULES, balanced, window, interpret=True)
         return y[:, natural]
 
     places = shardings((q, k, v), (QUERIES, KEYS, KEYS), mesh, RULES)
@@ -119,7 +132,7 @@ def test_on_a_mesh_every_device_computes_its_part(kernel, mesh_sizes, balanced):
         found = value_and_gradients(
             function, *jax.device_put((q, k, v), places), np.asarray(segments) > 0
         )
-    assert_close(found, wanted(**sizes))
+    assert_close(found, wanted(window, **sizes))
 
 
 def test_a_kernel_that_cannot_split_the_tokens_says_so():
@@ -130,6 +143,8 @@ def test_a_kernel_that_cannot_split_the_tokens_says_so():
             fused("splash", q, k, v, segments, RULES, interpret=True)
         with pytest.raises(ValueError, match=r"mesh\.context 1"):
             fused("flash", q, k, v, segments, RULES, interpret=True)
+    with pytest.raises(ValueError, match=r"no sliding windows"):
+        fused("flash", q, k, v, segments, window=8, interpret=True)
 
 
 def test_auto_is_the_kernel_of_the_platform():
@@ -137,8 +152,9 @@ def test_auto_is_the_kernel_of_the_platform():
         *("splash", "flash", "flash", "xla")
     ]
     assert chosen("xla", "tpu") == "xla"
-    # Splash splits a row's tokens over devices, flash does not.
+    # Splash splits a row's tokens over devices and has windows, flash does neither.
     assert [chosen("auto", name, devices=2) for name in ("tpu", "gpu")] == ["splash", "xla"]
+    assert [chosen("auto", name, windowed=True) for name in ("tpu", "gpu")] == ["splash", "xla"]
 
 
 def test_a_balanced_order_gives_every_device_the_same_work():

@@ -256,8 +256,9 @@ def test_attention_is_softmax_attention():
         assert_close(ours[0, :, n], weights @ v[0, n // (N // K)])
 
 
+@pytest.mark.parametrize("window", [None, 1, 50, 400])
 @pytest.mark.parametrize("length", [128, 129, 300, 1100])
-def test_attention_in_blocks_of_queries_is_attention(length):
+def test_attention_in_blocks_of_queries_is_attention(length, window):
     """Values and gradients against jax's own, with packed documents and padding."""
     numbers = np.random.default_rng(4)
     q = jnp.asarray(numbers.normal(size=(1, length, N, H)), jnp.float32)
@@ -266,11 +267,12 @@ def test_attention_in_blocks_of_queries_is_attention(length):
     first = length // 3
     positions = jnp.concatenate([jnp.arange(first), jnp.arange(length - first)])[None]
     segments = jnp.where(jnp.arange(length) < first, 1, 2).at[-5:].set(0)[None]
-    visibility = Visibility(positions, segments)
+    visibility = Visibility(positions, segments, window=window)
+    far = jnp.arange(length)[:, None] - jnp.arange(length)[None] >= (window or length)
 
     def theirs(q, k, v):
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        mask = visibility.mask()[:, None]
+        mask = Visibility(positions, segments).mask()[:, None] & ~far
         return jnp.sum(direction * jax.nn.dot_product_attention(q, k, v, mask=mask))
 
     def ours(q, k, v):
@@ -306,6 +308,48 @@ def test_later_tokens_change_nothing():
     before, after = logits_of(params, tokens), logits_of(params, changed)
     np.testing.assert_array_equal(after[:, :5], before[:, :5])
     assert (np.abs(after - before)[:, 5:].max(axis=-1) > 1e-3).all()
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("windows", "n_layers", "reach"),
+    [
+        ((4,), 1, 3),
+        ((4, 2), 3, 3 + 1 + 3),
+        ((2, 4), 3, 1 + 3 + 1),
+        ((4, 2, 3), 5, 3 + 1 + 2 + 3 + 1),
+        ((2, None), 3, 13),
+    ],
+)
+def test_a_token_reaches_as_far_as_the_windows_of_the_layers_together(
+    layout, windows, n_layers, reach
+):
+    """Each hands it on to the tokens whose window it is in; also token by token, with a cache."""
+    model = Llama(config(windows=windows, n_layers=n_layers))
+    params = in_layout(layout, parameters(model))
+    tokens = some_tokens(1, 14)
+    other = tokens.copy()
+    other[0, 0] = (tokens[0, 0] + 1) % CONFIG.vocab_size
+    logits = logits_of(params, tokens, model)
+    moved = np.abs(logits_of(params, other, model) - logits).max(axis=-1)[0] > 0
+    assert moved.tolist() == [place <= reach for place in range(14)]
+
+    cache = dirty_cache(layout, 1, 16, model)
+    parts = []
+    for start, end in pairwise((0, 6, 7, 8, 14)):
+        positions = np.arange(start, end)[None]
+        output = apply(model, params, tokens[:, start:end], positions, None, cache)
+        cache = output.cache
+        parts.append(output.value)
+    assert_close(np.concatenate(parts, axis=1), logits)
+
+
+def test_layers_with_windows_of_their_own_have_equal_gradients_in_every_layout():
+    windowed = config(windows=(4, None, 2), n_layers=5)
+    params = parameters(Llama(windowed))
+    expected = gradient_and_logits(Llama(windowed, ComputeConfig(scan_layers=False)), params)
+    for compute in (ComputeConfig(), ComputeConfig(remat="full")):
+        assert_close(gradient_and_logits(Llama(windowed, compute), params), expected)
 
 
 def test_only_distances_between_positions_count():

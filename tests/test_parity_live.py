@@ -57,6 +57,7 @@ LARGER = {
             "attention_factor": 1.25,
         },
     },
+    "mistral": {"sliding_window": 16, "head_dim": 16},
 }
 DYNAMIC = {
     "max_position_embeddings": 16,

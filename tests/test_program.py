@@ -166,6 +166,7 @@ CHANGED = {
     "rope_theta": 2e4,
     "rope_scaling": {"type": "linear", "factor": 2.0},
     "tie_embeddings": True,
+    "windows": (3,),
 }
 CHANGED_SCALING = {
     "factor": 3.0,

@@ -8,7 +8,7 @@ one file (or one flag), checked here once, and only read after that. This module
 import difflib
 import reprlib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -103,6 +103,10 @@ class ModelConfig(Schema):
     """Stretching of the rotary frequencies."""
     tie_embeddings: bool
     """Whether the output matrix is the embedding, transposed."""
+    windows: tuple[Annotated[int, Field(gt=0)] | None, ...] = ()
+    """Sliding windows (arXiv 2310.06825, section 2): how many keys a query of a layer sees, its own
+    and those before it; null: all. One for each layer, and from the first again when they are at
+    an end: [4096] for all layers, [1024, null] in turn. Empty: all layers see all keys."""
 
     @classmethod
     def spelled_out(cls, value: Any) -> Any:

@@ -217,6 +217,10 @@ def write(source: Source, path: Path, settings: ConvertConfig, advance: Advance)
 def _fields(source: Source, kind: str) -> dict[str, Any]:
     """The metadata."""
     config = source.config
+    if any(config.windows):
+        raise ConfigError(
+            "llama.cpp's LLaMA has no sliding windows (model.windows); choose huggingface."
+        )
     if source.context_length is None:
         raise ConfigError(
             f"{source.path} does not say for how many positions the model was trained, which GGUF "

@@ -1,4 +1,4 @@
-"""Hugging Face LlamaForCausalLM folders as a source and a destination.
+"""Hugging Face folders of LLaMA, and of Mistral, which is LLaMA with windows, to read and to write.
 
 Everything is checked before anything large is allocated, and whatever would change the numbers
 without being understood here is refused by name. The files are treated as untrusted: only JSON and
@@ -36,8 +36,6 @@ ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_f
 
 # Keys that would change the numbers, with the one value that is implemented.
 IMPLEMENTED = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -45,6 +43,9 @@ IMPLEMENTED = {
     "quantization_config": None,
     "original_max_position_embeddings": None,  # belongs inside the rope section
 }
+CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}  # by model_type
+# Absent, these mean something else for Mistral than for LLaMA.
+TOLD_BY_MISTRAL = ("sliding_window", "num_key_value_heads")
 
 
 class Rope(Schema, strict=True):
@@ -117,6 +118,8 @@ class Architecture(Schema, strict=True, extra="ignore"):
     """The original context, where a rope scaling needs one and does not say it."""
     tie_word_embeddings: bool = False
     """tie_embeddings."""
+    sliding_window: int | None = None
+    """windows, of Mistral only."""
     rope_theta: float | None = None
     """Absent (LLaMA 1 and 2) means 10,000, the class default of the format."""
     rope_scaling: Rope | None = None
@@ -140,12 +143,19 @@ def read_config(folder: str | Path) -> ModelConfig:
     """
     path = Path(folder) / "config.json"
     values = read_json(path)
-    for key, only in IMPLEMENTED.items():
+    kind = values.get("model_type", "llama")
+    if kind not in CLASSES:
+        raise ConfigError(
+            f"{path}: model_type is {kind!r:.80}; only {' and '.join(CLASSES)} are implemented."
+        )
+    for key, only in {"architectures": [CLASSES[kind]], **IMPLEMENTED}.items():
         if values.get(key, only) != only:
             raise ConfigError(
                 f"{path}: {key} is {values[key]!r:.80}; only "
                 + (f"{only!r} is implemented." if only is not None else "its absence is.")
             )
+    if absent := [key for key in TOLD_BY_MISTRAL if kind == "mistral" and key not in values]:
+        raise ConfigError(f"{path}: a mistral model must give {absent[0]}.")
     file = parse(Architecture, values, str(path))
     theta, scaling = _rope(file, path)
     head_dim = file.head_dim
@@ -163,7 +173,8 @@ def read_config(folder: str | Path) -> ModelConfig:
         "rope_theta": theta,
     }
     ours = {field.ours: given[field.huggingface] for field in names.FIELDS}
-    return parse(ModelConfig, ours | {"rope_scaling": scaling}, str(path))
+    windows = (file.sliding_window,) if kind == "mistral" and file.sliding_window else ()
+    return parse(ModelConfig, ours | {"rope_scaling": scaling, "windows": windows}, str(path))
 
 
 def _rope(file: Architecture, path: Path) -> tuple[float, dict[str, Any]]:
@@ -320,9 +331,16 @@ def config_values(source: Source) -> dict[str, Any]:
     """config.json without token ids and type, spelt as transformers 4 and 5 both read it."""
     config = source.config
     values = config.model_dump()
+    kind = "mistral" if any(config.windows) else "llama"
+    if len(set(config.windows)) > 1:
+        raise ConfigError(
+            f"model.windows are {list(config.windows)}, and transformers has no LLaMA whose layers "
+            "differ in them: such a model is kept in our own format only."
+        )
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
+        **({"sliding_window": config.windows[0]} if kind == "mistral" else {}),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,

@@ -273,6 +273,8 @@ def params_values(config: ModelConfig) -> dict[str, Any]:
             f"Meta's code has heads of d_model / n_heads numbers, not d_head = {config.d_head}; "
             "choose another format."
         )
+    if any(config.windows):
+        raise ConfigError("Meta's code has no sliding windows (model.windows); choose huggingface.")
     tied, scaling = config.tie_embeddings, config.rope_scaling
     scaled = scaling.model_dump() | SCALED_ROPE == scaling.model_dump()
     if scaling.type not in ("none", "llama3") or (scaling.type == "llama3" and not scaled):

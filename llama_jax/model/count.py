@@ -19,11 +19,21 @@ def flops_per_token(config: ModelConfig, length: int) -> int:
     """Training FLOPs (forward and backward, no recomputation) of one token in a row of `length`.
 
     Two per weight forward and four backward, for every matrix a token passes (the head, not the
-    embedding table); and the causal half of the score and value products, which grow with length.
+    embedding table); and the score and value products with the keys a query sees: the causal half
+    of the row, or what a window leaves of it.
     """
     matrices = _layer_matrices(config) * config.n_layers + config.d_model * config.vocab_size
-    attention = config.n_layers * config.n_heads * config.d_head * length
+    windows = config.windows or (None,)
+    seen = sum(_seen(length, windows[i % len(windows)]) for i in range(config.n_layers))
+    attention = config.n_heads * config.d_head * seen // length
     return 6 * (matrices + attention)
+
+
+def _seen(length: int, window: int | None) -> int:
+    """Twice the area that a layer's mask leaves of (length, length): a triangle, less what lies
+    before the window."""
+    hidden = max(0, length - window) if window else 0
+    return length**2 - hidden**2
 
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> int:

@@ -31,6 +31,7 @@ from sharding.rules import Rules
 
 Params = dict[str, Any]
 Head = Literal["lm", "scalar", "none"]
+Carry = tuple[jax.Array, KVCache | None]
 RESIDUAL = ("batch", "residual_seq", "act_embed")  # axes of the stream between blocks
 LOGITS = ("batch", "seq", "act_vocab")
 
@@ -177,14 +178,6 @@ class Llama:
         slots_BT: jax.Array,
         rows_B: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
-        kernel = chosen(self.compute.attention, devices=parts("seq", self.rules))
-        layer = Layer(self.config, self.rules, kernel)
-
-        def block(
-            x: jax.Array, weights: Any, layer_cache: LayerCache | None
-        ) -> tuple[jax.Array, LayerCache | None]:
-            return layer.apply({"params": weights}, x, rotation, visibility, layer_cache)
-
         stacked = not isinstance(layers, tuple)
         if cache and stacked != cache.stacked:
             raise ValueError(
@@ -192,30 +185,58 @@ class Llama:
                 f"stacked={stacked} for these parameters"
             )
         scan = stacked and (self.compute.scan_layers or cache is not None)
-        block = _rematerialise(block, self.compute, inside_scan=scan)
+        # What layers differ in comes again after a period of them, which is what is looped over.
+        windows = self.config.windows or (None,)
+        period = len(windows)
+
+        def block(place: int, inside_scan: bool = False) -> Any:
+            seen = visibility._replace(window=windows[place % period])
+            return _rematerialise(self._block(rotation, seen), self.compute, inside_scan)
 
         if scan:
             # The cache is carried and updated in place: as scan input and output it would exist
             # twice.
-            def body(carry: tuple[jax.Array, KVCache | None], xs: Any) -> tuple[Any, None]:
+            def run(block: Any, carry: Carry, weights: Any, depth: jax.Array | int) -> Carry:
                 x, cache = carry
-                weights, depth = xs
                 x, mine = block(x, weights, cache.layer(depth, slots_BT, rows_B) if cache else None)
-                return (x, KVCache(mine.key, mine.value) if mine else None), None
+                return x, KVCache(mine.key, mine.value) if mine else None
 
-            depths = jnp.arange(self.config.n_layers)
-            (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, depths))
-            return x, cache
+            def body(carry: Carry, xs: Any) -> tuple[Carry, None]:
+                weights, depth = xs
+                for place in range(period):
+                    carry = run(block(place, True), carry, _at(weights, place), depth + place)
+                return carry, None
+
+            whole = self.config.n_layers - self.config.n_layers % period
+            periods = jax.tree.map(lambda w: w[:whole].reshape(-1, period, *w.shape[1:]), layers)
+            carry, _ = jax.lax.scan(body, (x, cache), (periods, jnp.arange(0, whole, period)))
+            for depth in range(whole, self.config.n_layers):
+                carry = run(block(depth), carry, _at(layers, depth), depth)
+            return carry
 
         per_layer = _split_layers(layers) if stacked else layers
         stored = []
-        for i, weights in enumerate(per_layer):
-            x, mine = block(x, weights, cache.layer(i, slots_BT, rows_B) if cache else None)
+        for depth, weights in enumerate(per_layer):
+            mine = cache.layer(depth, slots_BT, rows_B) if cache else None
+            x, mine = block(depth)(x, weights, mine)
             if mine:
                 stored.append(mine)
         if cache:
             cache = KVCache(tuple(c.key for c in stored), tuple(c.value for c in stored))
         return x, cache
+
+    def _block(self, rotation: tuple[jax.Array, jax.Array], visibility: Visibility) -> Any:
+        """(x, weights, cache of the layer) -> (x, cache of the layer)."""
+        devices, windowed = parts("seq", self.rules), visibility.window is not None
+        kernel = chosen(self.compute.attention, devices=devices, windowed=windowed)
+        layer = Layer(self.config, self.rules, kernel)
+
+        def block(
+            x: jax.Array, weights: Any, layer_cache: LayerCache | None
+        ) -> tuple[jax.Array, LayerCache | None]:
+            return layer.apply({"params": weights}, x, rotation, visibility, layer_cache)
+
+        return block
 
     def _head(self, params: Params, x: jax.Array, head: Head) -> jax.Array:
         match head:
@@ -252,6 +273,11 @@ def _rematerialise(block: Any, compute: ComputeConfig, inside_scan: bool) -> Any
         )
     # A scan already keeps the recomputation apart; unrolled layers need the barrier against CSE.
     return jax.checkpoint(block, policy=policy, prevent_cse=not inside_scan)
+
+
+def _at(layers: Any, index: int) -> Any:
+    """The weights of one of several stacked layers."""
+    return jax.tree.map(lambda w: w[index], layers)
 
 
 def _split_layers(layers: Any) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import ConfigError, TrainConfig
 from llama_jax.model.llama import LOGITS, RESIDUAL, Llama
-from llama_jax.model.ops.kernels import Kernel, check_split, chosen
+from llama_jax.model.ops.kernels import Kernel, check_able, chosen
 from llama_jax.train.optimizer import Optimizer, adamw
 from llama_jax.train.step import (
     Batch,
@@ -133,11 +133,12 @@ def check_tokens(config: TrainConfig, sizes: Mapping[str, int], platform: str) -
     rules = PRESETS[config.mesh.rules]
     rows, length = config.data.batch_size // config.accumulate, config.data.sequence_length
     devices = math.prod(sizes[axis] for axis in rules.mesh_axes("seq"))
-    kernel = chosen(config.compute.attention, platform, devices)
+    windowed = any(config.model.windows)
+    kernel = chosen(config.compute.attention, platform, devices, windowed)
     stream = (rows, length, config.model.d_model)
     logits = (rows, length // config.compute.loss_chunks, config.model.vocab_size)
     try:
-        check_split(kernel, length, devices)
+        check_able(kernel, length, devices, windowed)
         divided_spec(stream, RESIDUAL, sizes, rules, "the stream between blocks")
         divided_spec(logits, LOGITS, sizes, rules, "the logits of one of compute.loss_chunks")
     except ValueError as error:

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 FOLDER = Path(__file__).parent
@@ -79,18 +85,23 @@ CASES = {
             "original_max_position_embeddings": 64,
         },
     },
+    "mistral": {"sliding_window": 7, "head_dim": 8},
 }
 
 
-def random_model(settings: dict, seed: int) -> LlamaForCausalLM:
+def random_model(settings: dict, seed: int) -> PreTrainedModel:
     """An fp32 model with eager attention and weights that depend on the seed alone.
 
     Matrices keep the size of what they multiply, and norms differ from one: attention is not
     uniform, no tensor can be mistaken for another unnoticed, and rounding does not grow.
     """
-    config = LlamaConfig(**settings, bos_token_id=1, eos_token_id=2)
+    windowed = "sliding_window" in settings
+    make_config, make_model = (
+        (MistralConfig, MistralForCausalLM) if windowed else ((LlamaConfig, LlamaForCausalLM))
+    )
+    config = make_config(**settings, bos_token_id=1, eos_token_id=2)
     config._attn_implementation = "eager"
-    model = LlamaForCausalLM(config).to(torch.float32).eval()
+    model = make_model(config).to(torch.float32).eval()
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for _, weight in sorted(model.named_parameters()):
@@ -103,7 +114,7 @@ def random_model(settings: dict, seed: int) -> LlamaForCausalLM:
     return model
 
 
-def compute(model: LlamaForCausalLM, ids: np.ndarray) -> dict[str, np.ndarray]:
+def compute(model: PreTrainedModel, ids: np.ndarray) -> dict[str, np.ndarray]:
     """Logits, loss and gradients of a model for token ids (B, T)."""
     tokens = torch.from_numpy(ids).long()
     output = model(input_ids=tokens, labels=tokens, use_cache=False)
@@ -114,7 +125,7 @@ def compute(model: LlamaForCausalLM, ids: np.ndarray) -> dict[str, np.ndarray]:
     return {"ids": ids, **arrays}
 
 
-def golden(case: str) -> tuple[LlamaForCausalLM, dict[str, np.ndarray]]:
+def golden(case: str) -> tuple[PreTrainedModel, dict[str, np.ndarray]]:
     """A case's model, and the arrays of its golden.npz."""
     torch.set_num_threads(1)
     seed = list(CASES).index(case)

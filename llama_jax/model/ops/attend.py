@@ -23,17 +23,23 @@ class Visibility(NamedTuple):
         belongs to the query's document.
     key_positions: (B or 1, S). None when the keys are the queries' own tokens, in the same order.
     balanced: the tokens of a row lie in the order of `balanced_order`, not in their own.
+    window: how many keys a query sees at most, its own among them; None: all.
     """
 
     positions: jax.Array
     segments: jax.Array | None = None
     key_positions: jax.Array | None = None
     balanced: bool = False
+    window: int | None = None
 
     def mask(self) -> jax.Array:
-        """(B, T, S) bool: the key is not later than the query and of the same document."""
+        """(B, T, S) bool: the key is of the same document, not later than the query and not before
+        its window."""
         keys = self.positions if self.key_positions is None else self.key_positions
-        seen = keys[:, None, :] <= self.positions[:, :, None]
+        distance = self.positions[:, :, None] - keys[:, None, :]
+        seen = distance >= 0
+        if self.window is not None:
+            seen &= distance < self.window
         if self.segments is not None:
             seen &= self.segments[:, None, :] == self.segments[:, :, None]
         return seen
@@ -51,8 +57,8 @@ def attend(
 
     Scores and softmax are fp32. Every query must see at least one key (its own), which holds for
     padding too. Where the keys are the queries' own tokens, blocks of queries are computed against
-    the keys up to their end, which leaves out most of the scores that causality hides; or a kernel
-    of `model.ops.kernels` does it all.
+    the keys from their window up to their end, which leaves out most of the scores that are hidden;
+    or a kernel of `model.ops.kernels` does it all.
 
     Where the rules split the tokens of a row over devices (context parallelism), queries stay where
     they are and all keys come to them.
@@ -62,8 +68,8 @@ def attend(
         whole = ("batch", "act_kv_heads", None, "head_dim")
         k_BKSH, v_BKSH = constrain(k_BKSH, whole, rules), constrain(v_BKSH, whole, rules)
     if kernel != "xla" and visibility.key_positions is None:
-        segments, balanced = visibility.segments, visibility.balanced
-        return fused(kernel, q_BTNH, k_BKSH, v_BKSH, segments, rules, balanced)
+        _, segments, _, balanced, window = visibility
+        return fused(kernel, q_BTNH, k_BKSH, v_BKSH, segments, rules, balanced, window)
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -74,13 +80,12 @@ def attend(
     blocks = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        mine, before = slice(start, end), slice(0, end)
+        # Positions rise by one or more, so what is out of the window by place is so by position.
+        first = 0 if visibility.window is None else max(0, start - visibility.window + 1)
+        mine, seen = slice(start, end), slice(first, end)
         blocks.append(
             _attend(
-                q_BTKGH[:, mine],
-                k_BKSH[:, :, before],
-                v_BKSH[:, :, before],
-                mask_BTS[:, mine, before],
+                q_BTKGH[:, mine], k_BKSH[:, :, seen], v_BKSH[:, :, seen], mask_BTS[:, mine, seen]
             )
         )
     return jnp.concatenate(blocks, axis=1).reshape(q_BTNH.shape)

@@ -24,21 +24,28 @@ LARGEST_BLOCK = 1024  # queries, or keys, that are loaded at once
 LARGEST_PART = 512  # keys that are computed at once
 
 
-def chosen(kernel: Kernel, platform: str | None = None, devices: int = 1) -> Kernel:
-    """The kernel itself, or for "auto" that of a platform (None: of this process) which splits a
-    row's tokens over so many devices."""
+def chosen(
+    kernel: Kernel, platform: str | None = None, devices: int = 1, windowed: bool = False
+) -> Kernel:
+    """The kernel itself, or for "auto" that of a platform (None: of this process), if it can split
+    a row's tokens over so many devices and has sliding windows; else xla."""
     if kernel != "auto":
         return kernel
     found = OF_PLATFORM.get(platform or jax.default_backend(), "xla")
-    return "xla" if found == "flash" and devices > 1 else found
+    return "xla" if found == "flash" and (devices > 1 or windowed) else found
 
 
-def check_split(kernel: Kernel, length: int, devices: int) -> None:
-    """Refuses rows that cannot be split over devices so that each has the same causal work.
+def check_able(kernel: Kernel, length: int, devices: int, windowed: bool) -> None:
+    """Refuses what a kernel cannot do: rows that devices cannot share with the same causal work,
+    sliding windows.
 
     Raises:
         ValueError: naming the numbers and the remedy.
     """
+    if windowed and kernel == "flash":
+        raise ValueError(
+            "the flash kernel has no sliding windows (model.windows): use compute.attention xla"
+        )
     if devices == 1:
         return
     if kernel == "flash":
@@ -63,6 +70,7 @@ def fused(
     segments_BT: jax.Array | None,
     rules: Rules | None = None,
     balanced: bool = False,
+    window: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention within segments, (B, T, N, H): each device computes its rows, heads and
@@ -73,21 +81,22 @@ def fused(
         segments_BT: documents of a row; here padding, 0, sees padding. None: one document.
         rules: how batch, heads and seq are split over the mesh in force.
         balanced: tokens lie in the order of `balanced_order`.
+        window: keys that a query sees at most, its own among them; None: all.
         interpret: run the kernel's steps one by one, on any device: for tests.
 
     Raises:
-        ValueError: the kernel cannot split these tokens.
+        ValueError: the kernel cannot split these tokens, or has no windows.
     """
     B, T = q_BTNH.shape[:2]
-    check_split(kernel, T, parts("seq", rules))
+    check_able(kernel, T, parts("seq", rules), window is not None)
     if segments_BT is None:
         segments_BT = jnp.ones((B, T), jnp.int32)
     if kernel == "splash":
-        return _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, interpret)
+        return _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, window, interpret)
     return _flash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, interpret)
 
 
-def _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, interpret):
+def _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, window, interpret):
     """The TPU's kernel, which skips what a mask made beforehand hides."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -97,7 +106,8 @@ def _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, interpret):
     if devices == 1:
         q_BTNH, k_BKTH, v_BKTH, segments_BT = _padded(q_BTNH, k_BKTH, v_BKTH, segments_BT)
     length = q_BTNH.shape[1]
-    mask = masks.CausalMask((length, length))
+    shape = (length, length)
+    mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
     if balanced:
         order = balanced_order(length, devices)
         mask.q_sequence = order  # which query each row of the mask is
