@@ -28,7 +28,21 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["--config", "pretrain_llama2_7b_v5e-16", "--topology", "v5e:4x4", *REFERENCE],
         "",
     ),
+    "7B v5e:2x4, moments on the hosts": (
+        [
+            *("--config", "pretrain_llama2_7b_v5e-16", "--topology", "v5e:2x4"),
+            *("--accumulate", "64", "--optimizer.offload"),
+        ],
+        "",
+    ),
     "7B v5p:4x4x4": (["--config", "pretrain_llama2_7b_v5p-128", "--topology", "v5p:4x4x4"], ""),
+    "7B 2 x v5p:4x4x4": (
+        [
+            *("--config", "pretrain_llama2_7b_v5p-128", "--topology", "v5p:4x4x4"),
+            *("--slices", "2", "--mesh.data", "2"),
+        ],
+        "",
+    ),
     "7B v5p:4x4x4, full remat": (FULL_REMAT, ""),
     "7B v5p:4x4x4, full remat, XLA attention": ([*FULL_REMAT, *REFERENCE], ""),
     "8B v5p:4x4x4, 131,072 tokens": (
