@@ -24,10 +24,6 @@ FULL_REMAT = [  # four rows a chip
 # name -> (arguments, published result of MaxText on such a machine)
 CASES: dict[str, tuple[list[str], str]] = {
     "7B v5e:4x4": (["--config", "pretrain_llama2_7b_v5e-16", "--topology", "v5e:4x4"], ""),
-    "7B v5e:4x4, XLA attention": (
-        ["--config", "pretrain_llama2_7b_v5e-16", "--topology", "v5e:4x4", *REFERENCE],
-        "",
-    ),
     "7B v5e:2x4, moments on the hosts": (
         [
             *("--config", "pretrain_llama2_7b_v5e-16", "--topology", "v5e:2x4"),
@@ -57,10 +53,6 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "70B v5p:8x8x8": (
         ["--config", "pretrain_llama2_70b_v5p-1024", "--topology", "v5p:8x8x8"],
-        "65.4 %, 692 tokens/s per chip",
-    ),
-    "70B v5p:8x8x8, XLA attention": (
-        ["--config", "pretrain_llama2_70b_v5p-1024", "--topology", "v5p:8x8x8", *REFERENCE],
         "65.4 %, 692 tokens/s per chip",
     ),
     "405B v5p:16x16x16": (

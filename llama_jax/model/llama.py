@@ -204,11 +204,12 @@ class Llama:
             def body(carry: Carry, xs: Any) -> tuple[Carry, None]:
                 weights, depth = xs
                 for place in range(period):
-                    carry = run(block(place, True), carry, _at(weights, place), depth + place)
+                    own = weights if period == 1 else _at(weights, place)
+                    carry = run(block(place, True), carry, own, depth + place)
                 return carry, None
 
             whole = self.config.n_layers - self.config.n_layers % period
-            periods = jax.tree.map(lambda w: w[:whole].reshape(-1, period, *w.shape[1:]), layers)
+            periods = layers if period == 1 else _grouped(layers, whole, period)
             carry, _ = jax.lax.scan(body, (x, cache), (periods, jnp.arange(0, whole, period)))
             for depth in range(whole, self.config.n_layers):
                 carry = run(block(depth), carry, _at(layers, depth), depth)
@@ -273,6 +274,12 @@ def _rematerialise(block: Any, compute: ComputeConfig, inside_scan: bool) -> Any
         )
     # A scan already keeps the recomputation apart; unrolled layers need the barrier against CSE.
     return jax.checkpoint(block, policy=policy, prevent_cse=not inside_scan)
+
+
+def _grouped(layers: Any, count: int, period: int) -> Any:
+    """The first `count` of stacked layers, (count / period, period, ...); XLA's GPU backend makes a
+    copy of it."""
+    return jax.tree.map(lambda w: w[:count].reshape(-1, period, *w.shape[1:]), layers)
 
 
 def _at(layers: Any, index: int) -> Any:
