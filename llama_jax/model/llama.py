@@ -277,8 +277,8 @@ def _rematerialise(block: Any, compute: ComputeConfig, inside_scan: bool) -> Any
 
 
 def _grouped(layers: Any, count: int, period: int) -> Any:
-    """The first `count` of stacked layers, (count / period, period, ...); XLA's GPU backend makes a
-    copy of it."""
+    """The first `count` of stacked layers, (count / period, period, ...); when training, XLA makes
+    a copy of them."""
     return jax.tree.map(lambda w: w[:count].reshape(-1, period, *w.shape[1:]), layers)
 
 
