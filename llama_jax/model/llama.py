@@ -8,6 +8,7 @@ What differs between these uses is only which arguments are given: no cache (tra
 cache and T tokens (prefill), a cache and one token (decode), a cache and k tokens (verify).
 """
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -189,8 +190,9 @@ class Llama:
         windows = self.config.windows or (None,)
         period = len(windows)
 
+        @functools.cache  # equal layers are one function, which jax traces once
         def block(place: int, inside_scan: bool = False) -> Any:
-            seen = visibility._replace(window=windows[place % period])
+            seen = visibility._replace(window=windows[place])
             return _rematerialise(self._block(rotation, seen), self.compute, inside_scan)
 
         if scan:
@@ -212,14 +214,14 @@ class Llama:
             periods = layers if period == 1 else _grouped(layers, whole, period)
             carry, _ = jax.lax.scan(body, (x, cache), (periods, jnp.arange(0, whole, period)))
             for depth in range(whole, self.config.n_layers):
-                carry = run(block(depth), carry, _at(layers, depth), depth)
+                carry = run(block(depth % period), carry, _at(layers, depth), depth)
             return carry
 
         per_layer = _split_layers(layers) if stacked else layers
         stored = []
         for depth, weights in enumerate(per_layer):
             mine = cache.layer(depth, slots_BT, rows_B) if cache else None
-            x, mine = block(depth)(x, weights, mine)
+            x, mine = block(depth % period)(x, weights, mine)
             if mine:
                 stored.append(mine)
         if cache:
