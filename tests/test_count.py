@@ -216,3 +216,21 @@ def test_flops_of_a_7b_model_by_hand():
     multiplying = 6_738_415_616 - 32000 * 4096 - (2 * 32 + 1) * 4096  # no embedding, no norms
     assert count.flops_per_token(config, 4096) == 6 * multiplying + 6 * 32 * 4096 * 4096
     assert count.flops_per_token(config, 4096) == 42_863_689_728
+
+
+def test_flops_of_windows_are_those_of_the_pairs_their_masks_leave():
+    """Layers with windows 3 and none in turn; the area of a mask is its pairs less half a diagonal,
+    and, where a window ends, half another."""
+    length, plain = 16, load_model("tiny")
+    layers = [(3, None)[i % 2] for i in range(plain.n_layers)]
+    windowed = plain.model_copy(update={"windows": (3, None)})
+    hidden = sum(
+        sum(query - key >= window for query in range(length) for key in range(query + 1))
+        - (length - window) / 2
+        for window in layers
+        if window
+    )
+    less = count.flops_per_token(plain, length) - count.flops_per_token(windowed, length)
+    per_pair = 6 * 2 * plain.n_heads * plain.d_head
+    assert hidden > 0
+    assert less == pytest.approx(per_pair * hidden / length, rel=1e-6)

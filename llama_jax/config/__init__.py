@@ -130,6 +130,11 @@ class ModelConfig(Schema):
         """Query heads that share one key and value head."""
         return self.n_heads // self.n_kv_heads
 
+    @property
+    def period(self) -> tuple[int | None, ...]:
+        """The windows of the layers until they come again; (None,) where all layers see all."""
+        return self.windows or (None,)
+
 
 RematName = Literal["query", "key", "value", "attended", "attention_out", "gate", "up"]
 

@@ -1,5 +1,7 @@
 """The arithmetic of a model: parameters, FLOPs, bytes of cache. Closed forms of the config."""
 
+import itertools
+
 from llama_jax.config import ModelConfig
 
 
@@ -23,8 +25,8 @@ def flops_per_token(config: ModelConfig, length: int) -> int:
     of the row, or what a window leaves of it.
     """
     matrices = _layer_matrices(config) * config.n_layers + config.d_model * config.vocab_size
-    windows = config.windows or (None,)
-    seen = sum(_seen(length, windows[i % len(windows)]) for i in range(config.n_layers))
+    windows = itertools.islice(itertools.cycle(config.period), config.n_layers)
+    seen = sum(_seen(length, window) for window in windows)
     attention = config.n_heads * config.d_head * seen // length
     return 6 * (matrices + attention)
 

@@ -187,7 +187,7 @@ class Llama:
             )
         scan = stacked and (self.compute.scan_layers or cache is not None)
         # What layers differ in comes again after a period of them, which is what is looped over.
-        windows = self.config.windows or (None,)
+        windows = self.config.period
         period = len(windows)
 
         @functools.cache  # equal layers are one function, which jax traces once

@@ -68,8 +68,8 @@ def attend(
         whole = ("batch", "act_kv_heads", None, "head_dim")
         k_BKSH, v_BKSH = constrain(k_BKSH, whole, rules), constrain(v_BKSH, whole, rules)
     if kernel != "xla" and visibility.key_positions is None:
-        _, segments, _, balanced, window = visibility
-        return fused(kernel, q_BTNH, k_BKSH, v_BKSH, segments, rules, balanced, window)
+        segments, balanced = visibility.segments, visibility.balanced
+        return fused(kernel, q_BTNH, k_BKSH, v_BKSH, segments, rules, balanced, visibility.window)
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
