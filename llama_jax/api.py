@@ -17,7 +17,8 @@ from llama_jax.generate.settings import GenerateConfig, SamplingConfig
 from llama_jax.generate.speculative import Draft
 from llama_jax.generate.text import Completion, OnDone, OnText, Prompt, generate
 from llama_jax.model.layout import for_decoding, int8_axes, int8_shapes, quantize
-from llama_jax.model.llama import Llama, Params
+from llama_jax.model.llama import Llama
+from llama_jax.model.stack import Params
 from llama_jax.tokenizer import Tokenizer
 from sharding.mesh import make_mesh
 from sharding.partition import shardings

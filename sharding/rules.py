@@ -88,6 +88,9 @@ _TRAIN = Rules.of(
         "kv_heads": "tensor",
         "head_dim": None,
         "mlp": "tensor",
+        "rank": None,
+        "pair": None,
+        "place": None,
         "layers": None,
         # Activations and caches.
         "batch": ("data", "fsdp"),

@@ -23,6 +23,7 @@ ROWS = {
     10: ["main"],
     9: ["llama_jax.cli"],
     8: [  # commands that use everything
+        "llama_jax.ablate",
         *("llama_jax.demo", "llama_jax.models", "llama_jax.chat"),
         *("llama_jax.generate.command", "llama_jax.evaluate.command"),
     ],
@@ -33,14 +34,18 @@ ROWS = {
         *("llama_jax.train", "llama_jax.generate"),  # these two do not know each other
         "llama_jax.tokenizer.train",  # reads a corpus, while data.prepare reads tokenizers
     ],
-    3: ["llama_jax.data", "llama_jax.model.llama", "llama_jax.model.layout"],
+    3: [
+        *("llama_jax.data", "llama_jax.model.llama", "llama_jax.model.layout"),
+        "llama_jax.model.count",
+    ],
     2: [
-        *("llama_jax.model.attention", "llama_jax.model.feed_forward"),
-        *("llama_jax.model.cache", "llama_jax.model.param"),
+        *("llama_jax.model.attention", "llama_jax.model.feed_forward", "llama_jax.model.moe"),
+        *("llama_jax.model.layer", "llama_jax.model.stack"),
+        *("llama_jax.model.layer_cache", "llama_jax.model.cache", "llama_jax.model.param"),
         *("llama_jax.tokenizer", "llama_jax.chat.settings"),
     ],
     1: [
-        *("llama_jax.model.ops", "llama_jax.model.count"),
+        "llama_jax.model.ops",
         *("llama_jax.convert.names", "llama_jax.convert.settings"),
         *("llama_jax.generate.settings", "llama_jax.evaluate.settings"),
         *("llama_jax.plan.settings", "llama_jax.plan.hardware"),

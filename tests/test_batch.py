@@ -19,7 +19,8 @@ from llama_jax.generate.decode import Decoder
 from llama_jax.generate.request import Answer, Request
 from llama_jax.generate.sampling import Settings, uniforms
 from llama_jax.generate.settings import SamplingConfig
-from llama_jax.model.llama import Llama, Params
+from llama_jax.model.llama import Llama
+from llama_jax.model.stack import Params
 
 V, SLOTS = 48, 24
 CONFIG = ModelConfig(

@@ -42,8 +42,8 @@ UNSAID = {
     ("meta", "llama3.1"): "original_context 8192.*'original_context': 64",
     ("meta", "llama3.2_tied"): "original_context 8192.*'original_context': 64",
     ("gguf", "dynamic"): "cannot say rope scaling 'dynamic'",
-    ("meta", "mistral"): "no sliding windows",
-    ("gguf", "mistral"): "no sliding windows",
+    ("meta", "mistral"): r"no window \(model.window\); choose huggingface",
+    ("gguf", "mistral"): r"no window \(model.window\); choose huggingface",
 }
 
 
@@ -114,17 +114,18 @@ def test_what_a_format_cannot_say_is_refused_before_anything_is_written(to, case
     assert list(tmp_path.iterdir()) == []
 
 
-def test_windows_that_differ_between_layers_stay_in_our_format(tmp_path):
+def test_variants_of_attention_stay_in_our_format(tmp_path):
     ours = converted(GOLDEN / "mistral", tmp_path / "ours", "llama_jax")
     path = ours / "config.yaml"
     text = path.read_text()
-    path.write_text(text.replace("- 7", "- 7\n  - null"))
+    path.write_text(text.replace("window: 7", "window: null").replace("chunk: null", "chunk: 7"))
     assert path.read_text() != text
     (ours / "manifest.json").unlink()
     write_manifest(ours)
-    assert open_source(ours).config.windows == (7, None)
-    with pytest.raises(ConfigError, match=r"windows are \[7, None\].* our own format only"):
-        converted(ours, tmp_path / "there", "huggingface")
+    assert open_source(ours).config.chunk == 7
+    for to in ("huggingface", "meta", "gguf"):
+        with pytest.raises(ConfigError, match=r"no .*chunk \(model.chunk\).* our own format only"):
+            converted(ours, tmp_path / to, to)
 
 
 @pytest.mark.parametrize("to", FORMATS)

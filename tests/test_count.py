@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from llama_jax.config import ComputeConfig, ModelConfig, RopeScaling, load_model, model_names
+from llama_jax.config import (
+    ComputeConfig,
+    Frozen,
+    ModelConfig,
+    RopeScaling,
+    load_model,
+    model_names,
+)
 from llama_jax.model import count
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama
@@ -223,7 +230,7 @@ def test_flops_of_windows_are_those_of_the_pairs_their_masks_leave():
     and, where a window ends, half another."""
     length, plain = 16, load_model("tiny")
     layers = [(3, None)[i % 2] for i in range(plain.n_layers)]
-    windowed = plain.model_copy(update={"windows": (3, None)})
+    windowed = plain.model_copy(update={"pattern": (Frozen({"window": 3}), Frozen())})
     hidden = sum(
         sum(query - key >= window for query in range(length) for key in range(query + 1))
         - (length - window) / 2

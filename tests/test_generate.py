@@ -23,7 +23,8 @@ from llama_jax.generate.decode import Decoder, Reason, Rows, State
 from llama_jax.generate.settings import SamplingConfig
 from llama_jax.generate.text import Completion, Prompt, StopSearch, generate
 from llama_jax.model.cache import KVCache
-from llama_jax.model.llama import Llama, Output, Params, unstack
+from llama_jax.model.llama import Llama, Output
+from llama_jax.model.stack import Params, unstack
 from llama_jax.tokenizer import SentencePiece, Tokenizer
 from llama_jax.tokenizer.train import train
 from sharding.mesh import make_mesh
@@ -173,7 +174,7 @@ def test_bfloat16_runs_and_begins_like_float32(params: Params) -> None:
     assert [len(one.tokens) for one in found] == [10] * len(PROMPTS)
     assert sum(a.tokens[0] == b.tokens[0] for a, b in zip(found, full, strict=True)) >= 6
     state = prefilled(model, half, [row_of([1, 2], 12)], cache_dtype="bfloat16")
-    assert state.cache.key.dtype == jnp.bfloat16
+    assert state.cache.layers[0]["key"].dtype == jnp.bfloat16
 
 
 def test_dynamic_rope_depends_on_max_length_and_not_on_the_batch() -> None:
@@ -214,7 +215,7 @@ def test_sharded_tokens_equal_unsharded(
 
         state = prefilled(model, placed, [row_of(tokens, 14) for tokens in PROMPTS])
         layout = jax.tree.map(lambda x: x.sharding, state)
-        slab = state.cache.key if stacked else state.cache.key[0]
+        slab = state.cache.layers[0]["key"]
         rows, heads, _, _ = slab.addressable_shards[0].data.shape[-4:]
         assert (rows, heads) == (8 // sizes["data"], CONFIG.n_kv_heads // sizes["tensor"])
         assert state.rows.tokens.addressable_shards[0].data.shape[0] == 8 // sizes["data"]
@@ -308,7 +309,9 @@ def test_a_row_that_has_ended_stays_as_it_is(params: Params) -> None:
         tokens, fresh = jnp.array([text]), KVCache.init(CONFIG, 1, 16)
         stored = MODEL.apply(params, tokens, jnp.arange(len(text))[None], cache=fresh).cache
         np.testing.assert_allclose(
-            late.cache.key[:, row, :, : length - 1], stored.key[:, 0, :, : length - 1], atol=1e-5
+            late.cache.layers[0]["key"][:, row, :, : length - 1],
+            stored.layers[0]["key"][:, 0, :, : length - 1],
+            atol=1e-5,
         )
 
 

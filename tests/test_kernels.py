@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.model.ops.attend import Visibility, attend
+from llama_jax.model.ops.attend import Scoring, Visibility, attend
 from llama_jax.model.ops.balance import balanced_order
 from llama_jax.model.ops.kernels import chosen, fused
 from sharding.mesh import make_mesh
@@ -90,6 +90,25 @@ def test_splash_has_sliding_windows(window):
     assert_close(found, wanted(window))
 
 
+def test_splash_has_scales_and_soft_caps():
+    q, k, v, segments, positions = operands()
+    scoring = Scoring(scale=0.3, cap=0.8)
+
+    def function(q, k, v):
+        return fused("splash", q, k, v, segments, scale=0.3, cap=0.8, interpret=True)
+
+    def reference(q, k, v):
+        return attend(q, k, v, Visibility(positions, segments), scoring=scoring)
+
+    real = segments > 0
+    found, expected = (value_and_gradients(f, q, k, v, real) for f in (function, reference))
+    assert_close(found, expected)
+    plain = value_and_gradients(
+        lambda q, k, v: attend(q, k, v, Visibility(positions, segments)), q, k, v, real
+    )
+    assert np.abs(plain[0] - expected[0]).max() > 1e-2
+
+
 @pytest.mark.parametrize("kernel", ["splash", "flash"])
 def test_without_segments_a_row_is_one_document(kernel):
     q, k, v, _, _ = operands()
@@ -143,8 +162,11 @@ def test_a_kernel_that_cannot_split_the_tokens_says_so():
             fused("splash", q, k, v, segments, RULES, interpret=True)
         with pytest.raises(ValueError, match=r"mesh\.context 1"):
             fused("flash", q, k, v, segments, RULES, interpret=True)
-    with pytest.raises(ValueError, match=r"no sliding windows"):
+    with pytest.raises(ValueError, match=r"flash kernel has no window"):
         fused("flash", q, k, v, segments, window=8, interpret=True)
+
+
+WINDOW = frozenset({"window"})
 
 
 def test_auto_is_the_kernel_of_the_platform():
@@ -154,7 +176,10 @@ def test_auto_is_the_kernel_of_the_platform():
     assert chosen("xla", "tpu") == "xla"
     # Splash splits a row's tokens over devices and has windows, flash does neither.
     assert [chosen("auto", name, devices=2) for name in ("tpu", "gpu")] == ["splash", "xla"]
-    assert [chosen("auto", name, windowed=True) for name in ("tpu", "gpu")] == ["splash", "xla"]
+    assert [chosen("auto", name, wanted=WINDOW) for name in ("tpu", "gpu")] == ["splash", "xla"]
+    assert [chosen("auto", name, wanted=WINDOW | {"sinks"}) for name in ("tpu", "gpu")] == [
+        "xla"
+    ] * 2
 
 
 def test_a_balanced_order_gives_every_device_the_same_work():

@@ -311,10 +311,8 @@ def test_a_changed_model_is_refused_and_touches_nothing(corpus, undisturbed):
     before = (undisturbed / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match=r"model.d_ff: 24 in the checkpoint, 28 now"):
         train(make_config(corpus, undisturbed, model={**MODEL, "d_ff": 28}))
-    with pytest.raises(
-        ConfigError, match=r"model.windows: \[\] in the checkpoint, \[None, 8\] now"
-    ):
-        train(make_config(corpus, undisturbed, model={**MODEL, "windows": [None, 8]}))
+    with pytest.raises(ConfigError, match=r"model.window: None in the checkpoint, 8 now"):
+        train(make_config(corpus, undisturbed, model={**MODEL, "window": 8}))
     assert (undisturbed / "config.yaml").read_bytes() == before
 
 

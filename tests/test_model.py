@@ -16,10 +16,11 @@ import pytest
 
 from llama_jax.config import ComputeConfig, ModelConfig, RopeScaling
 from llama_jax.model.cache import KVCache
-from llama_jax.model.llama import Llama, stack, unstack
+from llama_jax.model.llama import Llama
+from llama_jax.model.ops.activation import swiglu
 from llama_jax.model.ops.attend import Visibility, attend
 from llama_jax.model.ops.norm import rms_norm
-from llama_jax.model.ops.swiglu import swiglu
+from llama_jax.model.stack import stack, unstack
 from sharding.rules import PRESETS
 
 CONFIG = ModelConfig(
@@ -86,7 +87,12 @@ def dirty_cache(layout: str, batch: int, length: int, model: Llama = MODEL) -> K
 
 def per_layer(cache: KVCache) -> list[np.ndarray]:
     """Every layer's keys and values as (B, S, K, H), whatever the layout."""
-    return [np.swapaxes(layer, 1, 2) for slabs in (cache.key, cache.value) for layer in slabs]
+    slabs = [
+        layer if cache.stacked else layer[None]
+        for name in ("key", "value")
+        for layer in (arrays[name] for arrays in cache.layers)
+    ]
+    return [np.swapaxes(layer, 1, 2) for slab in slabs for layer in slab]
 
 
 def assert_close(ours: Any, theirs: Any) -> None:
@@ -151,7 +157,7 @@ def test_shapes_and_axes_are_two_plain_trees(head, tied):
 
 def test_the_rules_know_every_axis_of_parameters_and_cache():
     named = {axis for leaf in jax.tree.leaves(MODEL.axes()) for axis in [leaf]}
-    named |= set(KVCache.init(CONFIG, 1, 1).axes.key)
+    named |= set(KVCache.init(CONFIG, 1, 1).axes.layers[0]["key"])
     for rules in PRESETS.values():
         assert named <= {axis for axis, _ in rules.table}
 
@@ -162,9 +168,11 @@ def test_the_cache_names_its_axes(layout):
     cache = jax.eval_shape(lambda: KVCache.init(CONFIG, 5, 7, jnp.bfloat16, stacked=stacked))
     axes = KVCache.init(CONFIG, 5, 7, jnp.bfloat16, stacked=stacked).axes
     sizes = {"layers": L, "batch": 5, "kv_seq": 7, "kv_heads": K, "head_dim": H}
-    for slabs, names in ((cache.key, axes.key), (cache.value, axes.value)):
-        for slab, slab_names in [(slabs, names)] if stacked else zip(slabs, names, strict=True):
-            assert slab.shape == tuple(sizes[name] for name in slab_names)
+    assert len(cache.layers) == (1 if stacked else L)
+    for slabs, names in zip(cache.layers, axes.layers, strict=True):
+        assert set(slabs) == {"key", "value"}
+        for name, slab in slabs.items():
+            assert slab.shape == tuple(sizes[axis] for axis in names[name])
             assert slab.dtype == jnp.bfloat16
     assert cache.max_length == 7
 
@@ -325,7 +333,7 @@ def test_a_token_reaches_as_far_as_the_windows_of_the_layers_together(
     layout, windows, n_layers, reach
 ):
     """Each hands it on to the tokens whose window it is in; also token by token, with a cache."""
-    model = Llama(config(windows=windows, n_layers=n_layers))
+    model = Llama(config(pattern=[{"window": each} for each in windows], n_layers=n_layers))
     params = in_layout(layout, parameters(model))
     tokens = some_tokens(1, 14)
     other = tokens.copy()
@@ -345,7 +353,7 @@ def test_a_token_reaches_as_far_as_the_windows_of_the_layers_together(
 
 
 def test_layers_with_windows_of_their_own_have_equal_gradients_in_every_layout():
-    windowed = config(windows=(4, None, 2), n_layers=5)
+    windowed = config(pattern=({"window": 4}, {}, {"window": 2}), n_layers=5)
     params = parameters(Llama(windowed))
     expected = gradient_and_logits(Llama(windowed, ComputeConfig(scan_layers=False)), params)
     for compute in (ComputeConfig(), ComputeConfig(remat="full")):

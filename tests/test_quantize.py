@@ -15,7 +15,8 @@ from llama_jax.config import ConfigError, MeshConfig, ModelConfig
 from llama_jax.convert.formats import open_source
 from llama_jax.convert.settings import ConvertConfig
 from llama_jax.convert.source import load_params
-from llama_jax.model.cache import Int8, KVCache
+from llama_jax.model.cache import KVCache
+from llama_jax.model.layer_cache import Int8
 from llama_jax.model.layout import (
     INPUTS,
     OUTPUTS,
@@ -25,10 +26,11 @@ from llama_jax.model.layout import (
     is_quantized,
     quantize,
 )
-from llama_jax.model.llama import Llama, unstack
+from llama_jax.model.llama import Llama
 from llama_jax.model.ops.attend import attend
 from llama_jax.model.ops.product import letters, product
 from llama_jax.model.ops.weight import OutputMajor, Words, take
+from llama_jax.model.stack import unstack
 from llama_jax.train import checkpoint, manifest
 
 CONFIG = ModelConfig(

@@ -12,7 +12,8 @@ import pytest
 
 from llama_jax.config import ComputeConfig, ModelConfig, OptimizerConfig
 from llama_jax.model.cache import KVCache
-from llama_jax.model.llama import Llama, unstack
+from llama_jax.model.llama import Llama
+from llama_jax.model.stack import unstack
 from llama_jax.train.optimizer import adamw
 from llama_jax.train.step import init_state, lm_loss, make_step, state_axes
 from sharding.mesh import make_mesh

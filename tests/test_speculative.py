@@ -18,7 +18,8 @@ from llama_jax.generate.request import Answer, Request
 from llama_jax.generate.sampling import Report, Settings
 from llama_jax.generate.settings import SamplingConfig
 from llama_jax.generate.speculative import Draft, SpeculativeDecoder, accept, excess, grow
-from llama_jax.model.llama import Llama, Params, unstack
+from llama_jax.model.llama import Llama
+from llama_jax.model.stack import Params, unstack
 from sharding.mesh import make_mesh
 from sharding.partition import shardings
 from sharding.rules import PRESETS

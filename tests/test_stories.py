@@ -5,7 +5,8 @@ import sentencepiece
 from parity import greedy, load_folder
 
 from llama_jax.convert import huggingface
-from llama_jax.model.llama import Llama, unstack
+from llama_jax.model.llama import Llama
+from llama_jax.model.stack import unstack
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."

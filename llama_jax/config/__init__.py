@@ -1,20 +1,29 @@
-"""The whole configuration schema, and how YAML files become it.
+"""The whole configuration schema.
 
 Every section is a frozen, hashable pydantic model that refuses unknown keys. A value is written in
 one file (or one flag), checked here once, and only read after that. This module imports no jax, so
 `--help` answers at once and a bad configuration is refused before any device is touched.
 """
 
-import difflib
-import reprlib
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Any, Literal, Self, get_args
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, model_validator
 
-from llama_jax.config.section import ConfigError, Schema, fixed
+from llama_jax.config.model import ExpertsConfig as ExpertsConfig
+from llama_jax.config.model import ModelConfig
+from llama_jax.config.model import RopeScaling as RopeScaling
+from llama_jax.config.model import load_model as load_model
+from llama_jax.config.model import model_names as model_names
+from llama_jax.config.reading import configs_folder as configs_folder
+from llama_jax.config.reading import dotted_keys as dotted_keys
+from llama_jax.config.reading import flag_name as flag_name
+from llama_jax.config.reading import parse as parse
+from llama_jax.config.reading import read as read
+from llama_jax.config.reading import read_yaml as read_yaml
+from llama_jax.config.reading import save as save
+from llama_jax.config.section import ConfigError as ConfigError
+from llama_jax.config.section import Frozen as Frozen
+from llama_jax.config.section import Schema, fixed
 from llama_jax.config.section import positional as positional
 from llama_jax.config.survival import (
     BatchWindow,
@@ -23,118 +32,6 @@ from llama_jax.config.survival import (
     SpikeConfig,
     batch_of,
 )
-
-T = TypeVar("T", bound="Schema")
-
-
-class RopeScaling(Schema):
-    """How rotary frequencies are stretched beyond the length a model was trained at."""
-
-    type: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
-    """none; linear (positions / factor); dynamic (NTK-aware base, grows with the length); yarn
-    (arXiv 2309.00071); llama3 (LLaMA 3.1, wavelength bands)."""
-    factor: float = Field(default=1.0, ge=1.0)
-    """By how much the context grows."""
-    original_context: int | None = Field(default=None, gt=0)
-    """Positions of the original training; needed by dynamic, yarn and llama3."""
-    low_freq_factor: float | None = Field(default=None, gt=0)
-    """llama3: wavelengths above original_context / low_freq_factor are divided by factor."""
-    high_freq_factor: float | None = Field(default=None, gt=0)
-    """llama3: wavelengths below original_context / high_freq_factor are kept."""
-    beta_fast: float | None = Field(default=None, gt=0)
-    """yarn: pairs that turn more often than this within original_context are kept (paper: 32)."""
-    beta_slow: float | None = Field(default=None, gt=0)
-    """yarn: pairs that turn less often than this are divided by factor (paper: 1)."""
-    attention_factor: float | None = Field(default=None, gt=0)
-    """yarn: scale of cos and sin; absent means 0.1 ln(factor) + 1."""
-
-    @model_validator(mode="after")
-    def _fields_belong_to_type(self) -> Self:
-        needs = {
-            "none": (),
-            "linear": (),
-            "dynamic": ("original_context",),
-            "yarn": ("original_context", "beta_fast", "beta_slow"),
-            "llama3": ("original_context", "low_freq_factor", "high_freq_factor"),
-        }[self.type]
-        optional = ("attention_factor",) if self.type == "yarn" else ()
-        for name in type(self).model_fields:
-            if name in ("type", "factor") or name in optional:
-                continue
-            given = getattr(self, name) is not None
-            if name in needs and not given:
-                raise ValueError(f"rope scaling '{self.type}' needs {name}")
-            if name not in needs and given:
-                raise ValueError(f"{name} has no meaning for rope scaling '{self.type}'; remove it")
-        if self.type == "none" and self.factor != 1.0:
-            raise ValueError("factor has no meaning for rope scaling 'none'; remove it")
-        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-            if low in needs and getattr(self, high) <= getattr(self, low):
-                raise ValueError(f"{high} must be larger than {low}")
-        return self
-
-
-class ModelConfig(Schema):
-    """The architecture: what decides the numbers, and nothing else.
-
-    No field has a default that a checkpoint should decide. Maximum length, mesh, data type and
-    kernels are settings of a run, not of a model.
-    """
-
-    d_model: int = Field(gt=0)
-    """Width of the residual stream."""
-    n_layers: int = Field(gt=0)
-    """Transformer blocks."""
-    n_heads: int = Field(gt=0)
-    """Query heads."""
-    n_kv_heads: int = Field(gt=0)
-    """Key and value heads: n_heads is multi-head, 1 multi-query, between them grouped-query."""
-    d_head: int = Field(gt=0)
-    """Width of one head (even: rotary embeddings turn pairs)."""
-    d_ff: int = Field(gt=0)
-    """Width of the feed-forward layer."""
-    vocab_size: int = Field(gt=0)
-    """Rows of the embedding."""
-    norm_eps: float = Field(gt=0)
-    """Epsilon of RMSNorm."""
-    rope_theta: float = Field(gt=1)
-    """Base of the rotary frequencies."""
-    rope_scaling: RopeScaling = RopeScaling()
-    """Stretching of the rotary frequencies."""
-    tie_embeddings: bool
-    """Whether the output matrix is the embedding, transposed."""
-    windows: tuple[Annotated[int, Field(gt=0)] | None, ...] = ()
-    """Sliding windows (arXiv 2310.06825, section 2): how many keys a query of a layer sees, its own
-    and those before it; null: all. One for each layer, and from the first again when they are at
-    an end: [4096] for all layers, [1024, null] in turn. Empty: all layers see all keys."""
-
-    @classmethod
-    def spelled_out(cls, value: Any) -> Any:
-        """A name is the model of that name in configs/models."""
-        return load_model(value).model_dump(mode="json") if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _shapes_agree(self) -> Self:
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
-            )
-        if self.d_head % 2:
-            raise ValueError(f"d_head ({self.d_head}) must be even: rotary embeddings turn pairs")
-        if self.rope_scaling.type == "dynamic" and self.d_head < 4:
-            raise ValueError("rope scaling 'dynamic' needs a d_head of 4 or more")
-        return self
-
-    @property
-    def n_groups(self) -> int:
-        """Query heads that share one key and value head."""
-        return self.n_heads // self.n_kv_heads
-
-    @property
-    def period(self) -> tuple[int | None, ...]:
-        """The windows of the layers until they come again; (None,) where all layers see all."""
-        return self.windows or (None,)
-
 
 RematName = Literal["query", "key", "value", "attended", "attention_out", "gate", "up"]
 
@@ -441,111 +338,3 @@ class DemoConfig(Schema):
     """Optimizer steps, instead of those of the recipe."""
     recipe: str = "demo"
     """Run recipe: a name from configs/runs, or a file."""
-
-
-def configs_folder() -> Path:
-    """The configs/ folder: inside the package when installed, beside it in a clone."""
-    package = Path(__file__).parents[1]
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
-
-
-def model_names() -> list[str]:
-    """Names of every model in configs/models, sorted."""
-    return sorted(path.stem for path in (configs_folder() / "models").glob("*.yaml"))
-
-
-def load_model(name: str) -> ModelConfig:
-    """The ModelConfig of configs/models/<name>.yaml."""
-    path = configs_folder() / "models" / f"{name}.yaml"
-    if name not in model_names():
-        near = difflib.get_close_matches(name, model_names(), n=1)
-        hint = f" Did you mean {near[0]}?" if near else " `models` lists them."
-        raise ConfigError(f"No model is called '{name}'.{hint}")
-    return read(ModelConfig, path)
-
-
-def read(schema: type[T], path: str | Path) -> T:
-    """Reads one YAML file into a section.
-
-    Raises ConfigError naming the file, every bad key and, for an unknown key, the nearest one.
-    """
-    return parse(schema, read_yaml(path), str(path))
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML without the rule that the last of two equal keys wins in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; raises YAMLError for a key that stands twice."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{twice[0]}' stands twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The values of a YAML file, unchecked but for being `key: value` lines."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.load(text, _UniqueKeys)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({error})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected 'key: value' lines at the top level")
-    return values
-
-
-def parse(schema: type[T], values: dict[str, Any], origin: str) -> T:
-    """Checks a dict against a section; errors begin with `origin` (a file name, say)."""
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(explain(error, schema, origin)) from error
-
-
-def explain(error: ValidationError, schema: type[Schema], origin: str) -> str:
-    """One line per mistake: origin, dotted key, what is wrong, the nearest valid key."""
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, dotted_keys(schema), n=1, cutoff=0.5)
-            message = "unknown key" + (f"; the nearest is '{near[0]}'" if near else "")
-        elif item["type"] == "missing":
-            message = "is required"
-        elif item["type"] != "value_error":
-            message += f" (got {reprlib.repr(item['input'])})"  # YAML aliases may unfold for ever
-        lines.append(": ".join(part for part in (origin, key, message) if part))
-    return "\n".join(lines)
-
-
-def dotted_keys(schema: type[Schema], prefix: str = "") -> list[str]:
-    """Every key of a schema, sections spelt out as section.field."""
-    keys = []
-    for name, field in schema.model_fields.items():
-        key = prefix + flag_name(name, field)
-        keys.append(key)
-        inner = field.annotation
-        if get_origin(inner) is tuple:  # of sections, which go by number
-            inner, key = get_args(inner)[0], f"{key}.0"
-        if isinstance(inner, type) and issubclass(inner, Schema):
-            keys += dotted_keys(inner, f"{key}.")
-    return keys
-
-
-def flag_name(name: str, field: FieldInfo) -> str:
-    """How users write a field, in YAML and as a flag."""
-    return field.alias or name
-
-
-def save(section: Schema, path: str | Path) -> None:
-    """Writes a section as YAML that `read` gives back equal."""
-    values = section.model_dump(mode="json", by_alias=True)
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -1,8 +1,10 @@
 """What every section of the configuration has in common: frozen, checked, no unknown keys."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import core_schema
 
 
 class ConfigError(ValueError):
@@ -41,6 +43,60 @@ class Schema(BaseModel):
             if isinstance(given, bool) and field and field.annotation in (int, float):
                 raise ValueError(f"{name} must be a number, not {str(given).lower()}")
         return values
+
+
+class Frozen(Mapping[str, Any]):
+    """A mapping of a file whose keys somebody else knows; hashable, its values too."""
+
+    def __init__(self, values: Mapping[str, Any] | None = None):
+        """Copies the values; lists become tuples."""
+        self._values = {str(key): _frozen(value) for key, value in (values or {}).items()}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._values.items()))
+
+    def __repr__(self) -> str:
+        return repr(self.plain())
+
+    def plain(self) -> dict[str, Any]:
+        """As YAML and JSON have it."""
+        return {key: _plain(value) for key, value in self._values.items()}
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        """A mapping with text keys, read into a Frozen and written as a plain dict."""
+        return core_schema.no_info_before_validator_function(
+            lambda value: value.plain() if isinstance(value, Frozen) else value,
+            core_schema.no_info_after_validator_function(
+                cls, core_schema.dict_schema(core_schema.str_schema(), core_schema.any_schema())
+            ),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda value: value.plain()
+            ),
+        )
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Frozen(value)
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Frozen):
+        return value.plain()
+    return list(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def fixed(**keywords: Any) -> Any:

@@ -19,6 +19,7 @@ from llama_jax.convert.source import (
     Source,
     Stored,
     check_tensors,
+    elsewhere,
     narrowest,
     outgoing,
 )
@@ -217,9 +218,9 @@ def write(source: Source, path: Path, settings: ConvertConfig, advance: Advance)
 def _fields(source: Source, kind: str) -> dict[str, Any]:
     """The metadata."""
     config = source.config
-    if any(config.windows):
+    if found := names.variants(config):
         raise ConfigError(
-            "llama.cpp's LLaMA has no sliding windows (model.windows); choose huggingface."
+            f"llama.cpp's LLaMA has no {found[0]} (model.{found[0]}); {elsewhere(config)}."
         )
     if source.context_length is None:
         raise ConfigError(

@@ -22,6 +22,7 @@ from llama_jax.convert.source import (
     Source,
     Stored,
     check_tensors,
+    elsewhere,
     equal,
     find_tokenizer,
     narrowest,
@@ -119,7 +120,7 @@ class Architecture(Schema, strict=True, extra="ignore"):
     tie_word_embeddings: bool = False
     """tie_embeddings."""
     sliding_window: int | None = None
-    """windows, of Mistral only."""
+    """window, of Mistral only."""
     rope_theta: float | None = None
     """Absent (LLaMA 1 and 2) means 10,000, the class default of the format."""
     rope_scaling: Rope | None = None
@@ -173,8 +174,8 @@ def read_config(folder: str | Path) -> ModelConfig:
         "rope_theta": theta,
     }
     ours = {field.ours: given[field.huggingface] for field in names.FIELDS}
-    windows = (file.sliding_window,) if kind == "mistral" and file.sliding_window else ()
-    return parse(ModelConfig, ours | {"rope_scaling": scaling, "windows": windows}, str(path))
+    window = file.sliding_window if kind == "mistral" else None
+    return parse(ModelConfig, ours | {"rope_scaling": scaling, "window": window}, str(path))
 
 
 def _rope(file: Architecture, path: Path) -> tuple[float, dict[str, Any]]:
@@ -331,16 +332,15 @@ def config_values(source: Source) -> dict[str, Any]:
     """config.json without token ids and type, spelt as transformers 4 and 5 both read it."""
     config = source.config
     values = config.model_dump()
-    kind = "mistral" if any(config.windows) else "llama"
-    if len(set(config.windows)) > 1:
+    kind = "mistral" if config.window else "llama"
+    if found := [name for name in names.variants(config) if name != "window"]:
         raise ConfigError(
-            f"model.windows are {list(config.windows)}, and transformers has no LLaMA whose layers "
-            "differ in them: such a model is kept in our own format only."
+            f"transformers has no LLaMA with {found[0]} (model.{found[0]}); {elsewhere(config)}."
         )
     return {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
-        **({"sliding_window": config.windows[0]} if kind == "mistral" else {}),
+        **({"sliding_window": config.window} if kind == "mistral" else {}),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,

@@ -24,6 +24,7 @@ from llama_jax.convert.source import (
     Source,
     Stored,
     check_tensors,
+    elsewhere,
     equal,
     find_tokenizer,
     narrowest,
@@ -273,8 +274,8 @@ def params_values(config: ModelConfig) -> dict[str, Any]:
             f"Meta's code has heads of d_model / n_heads numbers, not d_head = {config.d_head}; "
             "choose another format."
         )
-    if any(config.windows):
-        raise ConfigError("Meta's code has no sliding windows (model.windows); choose huggingface.")
+    if found := names.variants(config):
+        raise ConfigError(f"Meta's code has no {found[0]} (model.{found[0]}); {elsewhere(config)}.")
     tied, scaling = config.tie_embeddings, config.rope_scaling
     scaled = scaling.model_dump() | SCALED_ROPE == scaling.model_dump()
     if scaling.type not in ("none", "llama3") or (scaling.type == "llama3" and not scaled):

@@ -9,7 +9,7 @@ written once, and reading and writing are one function.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -39,6 +39,8 @@ class Tensor(NamedTuple):
     """In a consolidated.pth, once its shards are joined."""
     gguf: Place
     """In a GGUF file of the architecture llama (dimensions are stored in the other order)."""
+    shape: tuple[int, ...] | None = None
+    """In our tree, of a variant's tensor, which has no names elsewhere; None: as the axes say."""
 
     @property
     def is_layered(self) -> bool:
@@ -149,20 +151,42 @@ FIELDS = (
     Field("tie_embeddings", "tie_word_embeddings", None, None),
 )
 
+# What any LLaMA may have its own way.
+LLAMA = ("rope_scaling", *(field.ours for field in FIELDS))
+
+
+def variants(config: ModelConfig) -> list[str]:
+    """Fields in which a model differs from what LLaMA is, besides its sizes."""
+    return [
+        name
+        for name in ModelConfig.model_fields
+        if name not in LLAMA and getattr(config, name) != ModelConfig.model_fields[name].default
+    ]
+
 
 def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
     """The rows of the table that a model has: a tied one has no head of its own."""
     return TENSORS[:-1] if config.tie_embeddings else TENSORS
 
 
+def only_ours(path: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
+    """A row for a tensor that other formats do not know."""
+    place = Place("/".join(path) + (" {layer}" if path[0] == "layers" else ""), "")
+    return Tensor(path, "", place, place, place, shape)
+
+
 def layers(tensor: Tensor, config: ModelConfig) -> range:
     """The layers that have one of these, in order; of a single tensor just 0."""
-    return range(config.n_layers if tensor.is_layered else 1)
+    return range(our_shape(tensor, config)[0] if tensor.is_layered else 1)
 
 
-def entries(config: ModelConfig) -> Iterator[tuple[Tensor, int]]:
-    """Every (tensor, layer) of a model, all layers of a tensor together."""
-    return ((row, layer) for row in tensors(config) for layer in layers(row, config))
+def entries(
+    config: ModelConfig, rows: Sequence[Tensor] | None = None
+) -> Iterator[tuple[Tensor, int]]:
+    """Every (tensor, layer) of a model, all layers of a tensor together; rows: None for those of
+    the table."""
+    rows = tensors(config) if rows is None else rows
+    return ((row, layer) for row in rows for layer in layers(row, config))
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -187,6 +211,8 @@ def shape(axes: str, config: ModelConfig) -> tuple[int, ...]:
 
 def our_shape(tensor: Tensor, config: ModelConfig) -> tuple[int, ...]:
     """Shape in our parameter tree: (L, ...) for a layered tensor, whose layers are stacked."""
+    if tensor.shape is not None:
+        return tensor.shape
     stacked = (config.n_layers,) if tensor.is_layered else ()
     return stacked + shape(tensor.axes, config)
 

@@ -7,7 +7,7 @@ of a run reads it too. A matrix in int8 is two arrays: `values` (layers, out...,
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +100,8 @@ def open_folder(folder: Path) -> Source:
         path: Stored(leaf.shape, np.dtype(leaf.dtype).name, functools.partial(whole, path))
         for path, leaf in saved.items()
     }
-    _check(stored, config, is_int8, origin)
+    rows = _rows(config)
+    _check(stored, config, rows, is_int8, origin)
     tokenizer = find_tokenizer(found.folder)
     if converted is None:
         # Of a run, maybe of another version: only what is needed is looked at.
@@ -120,13 +121,30 @@ def open_folder(folder: Path) -> Source:
         if is_int8
         else lambda row, to: load("/".join(row.path), to.sharding, to.dtype),
         int8=load_int8 if is_int8 else None,
+        variant_rows=rows,
     )
 
 
-def _check(stored: Mapping[str, Stored], config: ModelConfig, is_int8: bool, origin: str) -> None:
+def _rows(config: ModelConfig) -> tuple[names.Tensor, ...]:
+    """Every tensor of a model: those of the table, or of a variant as its modules declare them."""
+    if not names.variants(config):
+        return names.tensors(config)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(Llama(config).shapes())
+    return tuple(
+        names.only_ours(tuple(key.key for key in path), leaf.shape) for path, leaf in leaves
+    )
+
+
+def _check(
+    stored: Mapping[str, Stored],
+    config: ModelConfig,
+    rows: Sequence[names.Tensor],
+    is_int8: bool,
+    origin: str,
+) -> None:
     """Raises ConfigError where the arrays are not those of the model."""
     expected: dict[str, dict[str, tuple[int, ...]]] = {"values": {}, "scale": {}, "": {}}
-    for row in names.tensors(config):
+    for row in rows:
         path, shape = "/".join(row.path), names.our_shape(row, config)
         if is_int8 and row.path[-1] in INPUTS:
             values, scale = int8_order(row.path[-1], shape)
@@ -149,7 +167,7 @@ def _part(path: str) -> str:
 def _floats(row: names.Tensor, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """A matrix of one layer in fp32 with our axes, from values (out..., in...) and their scale."""
     floats = values * scale.reshape(scale.shape + (1,) * (values.ndim - scale.ndim))
-    if row == names.EMBED:
+    if row.path == names.EMBED.path:
         return floats
     return np.moveaxis(floats, range(scale.ndim), range(-scale.ndim, 0))
 

@@ -67,6 +67,7 @@ class Source:
     tensor: (row of the table, layer) -> the array as stored, with our axes, unstacked.
     stacked: (row, ShapeDtypeStruct with a sharding) -> all layers at once, laid out and cast; None
         where the format keeps layers apart.
+    variant_rows: rows of a model that differs from LLaMA; empty: those of the table.
     int8: (row of a matrix, its tree of shardings) -> all its layers as model.layout.quantize makes
         them; None where matrices are not stored so. `tensor` then gives their values in fp32.
     """
@@ -81,12 +82,24 @@ class Source:
     tensor: Callable[[names.Tensor, int], np.ndarray]
     stacked: Callable[[names.Tensor, jax.ShapeDtypeStruct], jax.Array] | None = None
     int8: Callable[[names.Tensor, OutputMajor], OutputMajor] | None = None
+    variant_rows: tuple[names.Tensor, ...] = ()
+
+    @property
+    def rows(self) -> tuple[names.Tensor, ...]:
+        """Every tensor of the model."""
+        return self.variant_rows or names.tensors(self.config)
 
     @property
     def parameters(self) -> int:
         """How many numbers it has."""
-        rows = names.tensors(self.config)
-        return sum(math.prod(names.our_shape(row, self.config)) for row in rows)
+        return sum(math.prod(names.our_shape(row, self.config)) for row in self.rows)
+
+
+def elsewhere(config: ModelConfig) -> str:
+    """Where a model can be kept that a format cannot hold."""
+    if names.variants(config) == ["window"]:
+        return "choose huggingface"
+    return "such a model is kept in our own format only"
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
@@ -255,7 +268,7 @@ def load_params(
     """
     dtype = source.dtype if dtype is None else np.dtype(dtype)
     params: dict[str, Any] = {}
-    for row in names.tensors(source.config):
+    for row in source.rows:
         branch, place = params, shardings
         for key in row.path[:-1]:
             branch = branch.setdefault(key, {})
@@ -297,7 +310,7 @@ def _slice(
     """A slice of one array of our tree, layers stacked; a copy, which no longer needs the file."""
     shape = names.our_shape(row, source.config)
     result = np.empty([len(range(n)[part]) for n, part in zip(shape, index, strict=True)], dtype)
-    layers = range(source.config.n_layers)[index[0]] if row.is_layered else range(1)
+    layers = range(shape[0])[index[0]] if row.is_layered else range(1)
     parts = result if row.is_layered else result[None]
     inner = index[1:] if row.is_layered else index
     for part, layer in zip(parts, layers, strict=True):

@@ -96,7 +96,7 @@ def _end_ids(source: Source, destination: Source) -> Finding:
 def _tensors(source: Source, destination: Source) -> tuple[Finding, bool]:
     """Compares tensor by tensor, in the destination's types; whether that meant rounding, too."""
     different, largest, where, rounded = 0, -1.0, "", ""
-    entries = list(names.entries(source.config))
+    entries = list(names.entries(source.config, source.rows))
     for row, layer in track(entries, "comparing", transient=True):
         here, there = source.tensor(row, layer), destination.tensor(row, layer)
         name = row.huggingface.name.format(layer=layer)

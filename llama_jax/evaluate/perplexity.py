@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from llama_jax.model.cache import KVCache
-from llama_jax.model.llama import Llama, Params
+from llama_jax.model.llama import Llama
 from llama_jax.model.ops.cross_entropy import token_losses
+from llama_jax.model.stack import Params
 from sharding.constrain import constrain
 
 # Tokens that go through a cache at once; they bound the memory of the scores (heads x PIECE x

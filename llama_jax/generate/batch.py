@@ -26,7 +26,9 @@ from llama_jax.generate.request import (
     row_of,
 )
 from llama_jax.generate.speculative import Draft, SpeculativeDecoder
-from llama_jax.model.llama import Llama, Params
+from llama_jax.model.cache import forgets
+from llama_jax.model.llama import Llama
+from llama_jax.model.stack import Params
 
 # (request, which of its answers, its new tokens, whether they are its last) -> None, or how many of
 # these tokens the answer keeps, which then ends.
@@ -180,6 +182,8 @@ class Engine:
         self._state = self.decoder.start(rows, self.slots, self._ends, cache_dtype, stacked)
         self._jobs: list[Job | None] = [None] * rows
         self._contexts: list[int | None] = [None] * rows  # request whose prompt a row's cache holds
+        models = (model, draft.model) if draft else (model,)
+        self._forgets = any(forgets(each.config) for each in models)
         self._seen = [0] * rows
         self._answers: list[list[int]] = [[] for _ in range(rows)]
 
@@ -224,6 +228,8 @@ class Engine:
         self._state = self.decoder.advance(
             self._params, self._state, np.int32(steps), np.int32(least)
         )
+        if self._forgets:  # what came after a prompt has taken the place of some of it
+            self._contexts = [None] * len(self._contexts)
         rows = self._state.rows
         tokens, lengths, reasons = jax.device_get((rows.tokens, rows.lengths, rows.reasons))
         for row, job in enumerate(self._jobs):

@@ -30,7 +30,7 @@ from llama_jax.generate.request import (
 )
 from llama_jax.generate.sampling import Report, allow, report
 from llama_jax.model.cache import KVCache
-from llama_jax.model.llama import Params
+from llama_jax.model.stack import Params
 from sharding.constrain import constrain
 
 STEPS = 128  # of one call, which Ctrl-C may have to wait for

@@ -21,7 +21,8 @@ from jax import lax
 
 from llama_jax.generate.sampling import Report, Settings, choose
 from llama_jax.model.cache import KVCache
-from llama_jax.model.llama import Llama, Params
+from llama_jax.model.llama import Llama
+from llama_jax.model.stack import Params
 from sharding.constrain import constrain
 from sharding.rules import Rules
 
@@ -115,11 +116,7 @@ class Decoder:
     def prefill(
         self, params: Params, state: State, row: jax.Array, tokens_T: jax.Array, start: jax.Array
     ) -> State:
-        """Stores the tokens at positions start, start + 1, ... of one row.
-
-        Tokens beyond the row's context may follow: what they store is overwritten before any query
-        sees it; what does not fit into the cache is dropped.
-        """
+        """Stores the tokens at positions start, start + 1, ... of one row; -1 is no token."""
         return replace(state, cache=store(self.model, params, state.cache, row, tokens_T, start))
 
     @partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
@@ -193,12 +190,15 @@ def store(
     tokens_T: jax.Array,
     start: jax.Array,
 ) -> KVCache:
-    """The cache with these tokens at positions start, start + 1, ... of one row."""
+    """The cache with these tokens at positions start, start + 1, ... of one row; -1 is none."""
     # One row cannot be split as a batch is: each part of the mesh computes all of it.
     model = replace(model, rules=model.rules and model.rules.replace(batch=None))
     positions_BT = start + jnp.arange(tokens_T.shape[0])[None]
+    real_BT = (tokens_T >= 0)[None]
+    tokens_BT = jnp.maximum(tokens_T, 0)[None]
+    segments_BT = real_BT.astype(jnp.int32)
     output = model.apply(
-        params, tokens_T[None], positions_BT, cache=cache, head="none", rows_B=row[None]
+        params, tokens_BT, positions_BT, segments_BT, cache, head="none", rows_B=row[None]
     )
     assert output.cache is not None  # one went in
     return output.cache

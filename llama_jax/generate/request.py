@@ -111,7 +111,7 @@ def prefill(decoder: Any, params: Any, state: Any, row: int, request: Request) -
     context = request.tokens[:-1]
     start = 0
     for size in pieces(len(context), LEAST_COST[jax.default_backend()]):
-        piece = np.zeros(size, np.int32)
+        piece = np.full(size, -1, np.int32)
         part = context[start : start + size]
         piece[: len(part)] = part
         state = decoder.prefill(params, state, np.int32(row), piece, np.int32(start))

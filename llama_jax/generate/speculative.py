@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llama_jax.config import ModelConfig
 from llama_jax.generate.decode import (
     Reason,
     Rows,
@@ -39,8 +40,10 @@ from llama_jax.generate.sampling import (
     report,
     uniforms,
 )
+from llama_jax.model.attention import ATTENTION
 from llama_jax.model.cache import KVCache
-from llama_jax.model.llama import Llama, Params
+from llama_jax.model.llama import Llama
+from llama_jax.model.stack import Params
 from sharding.constrain import constrain
 
 # Draws of one position that must not depend on each other; 0 is that of decoding without a draft.
@@ -83,7 +86,8 @@ class SpeculativeDecoder:
     k: tokens that the draft proposes in a round.
 
     Raises:
-        ValueError: the vocabularies differ in size, or k is not positive.
+        ValueError: the vocabularies differ in size, k is not positive, or a model remembers a state
+            from which rejected tokens cannot be taken back.
     """
 
     model: Llama
@@ -98,6 +102,8 @@ class SpeculativeDecoder:
                 f"the draft has a vocabulary of {other} ids, the model one of {own}: they are "
                 "compared id by id, so give a draft with the same tokenizer"
             )
+        for model in (self.model, self.draft):
+            check_takes_back(model.config)
         if self.k < 1:
             raise ValueError(f"the draft proposes {self.k} tokens: give at least 1")
 
@@ -108,7 +114,8 @@ class SpeculativeDecoder:
         """A state without requests; `stacked` as the layers of both are."""
 
         def cache_of(model: Llama) -> KVCache:
-            cache = KVCache.init(model.config, rows, slots, cache_dtype, stacked)
+            spare = self.k + 1  # proposals, and the token that is fed with the first of them
+            cache = KVCache.init(model.config, rows, slots, cache_dtype, stacked, spare)
             return place_cache(cache, model.rules)
 
         return SpeculativeState(
@@ -260,6 +267,16 @@ class SpeculativeDecoder:
         output = self.model.apply(params, _get(rows.tokens, places_BT), places_BT, cache=cache)
         assert output.cache is not None  # one went in
         return constrain(output.value, ("batch", None, None), self.model.rules), output.cache
+
+
+def check_takes_back(config: ModelConfig) -> None:
+    """Raises ValueError where some layer keeps a state instead of tokens."""
+    for place in config.places:
+        if ATTENTION[place.attention].recurrent:
+            raise ValueError(
+                f"attention {place.attention} cannot take back tokens that are rejected: generate "
+                "without a draft"
+            )
 
 
 def accept(

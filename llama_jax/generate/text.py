@@ -7,7 +7,8 @@ from llama_jax.generate.batch import answer
 from llama_jax.generate.request import Answer, FinishReason, Request, TokenReport
 from llama_jax.generate.settings import SamplingConfig
 from llama_jax.generate.speculative import Draft
-from llama_jax.model.llama import Llama, Params
+from llama_jax.model.llama import Llama
+from llama_jax.model.stack import Params
 from llama_jax.tokenizer import StreamDecoder, Tokenizer
 
 # (number of the prompt, which of its answers, new text).

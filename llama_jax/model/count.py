@@ -1,41 +1,81 @@
-"""The arithmetic of a model: parameters, FLOPs, bytes of cache. Closed forms of the config."""
+"""The arithmetic of a model: parameters, FLOPs, bytes of cache.
 
-import itertools
+Parameters are counted in the tree of their shapes; what is not a product with one of them, each
+variant of attention tells of itself.
+"""
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from llama_jax.config import ModelConfig
+from llama_jax.model.attention import ATTENTION
+from llama_jax.model.cache import cache_bytes
+from llama_jax.model.llama import Llama
+
+
+class Parameters(NamedTuple):
+    """How many there are.
+
+    total: of the language model.
+    embeddings: of the embedding, and of a head that is another matrix.
+    active: that one token passes, embeddings included: of a mixture, its experts alone.
+    products: weights that one token is multiplied with: matrices, the head, not the embedding.
+    """
+
+    total: int
+    embeddings: int
+    active: int
+    products: int
+
+
+@cache
+def parameters(config: ModelConfig) -> Parameters:
+    """Parameters of the language model, by use."""
+    model = Llama(config)
+    shapes, axes = model.shapes(), model.axes()
+    vocabulary = config.vocab_size * config.d_model
+    embeddings = vocabulary * (1 if config.tie_embeddings else 2)
+    layers: Any
+    leaves, layers = jax.tree.flatten(shapes["layers"])
+    total = active = products = 0
+    for leaf, names in zip(leaves, layers.flatten_up_to(axes["layers"]), strict=True):
+        size = math.prod(leaf.shape)
+        used = _used(size, names, config)
+        total, active = total + size, active + used
+        # Of a matrix there are two axes or more besides the layers'.
+        products += used if len(names) > 2 else 0
+    outside = embeddings + config.d_model  # the final norm
+    return Parameters(total + outside, embeddings, active + outside, products + vocabulary)
+
+
+def _used(size: int, names: tuple[str, ...], config: ModelConfig) -> int:
+    """How many of an array's numbers a token passes."""
+    if "expert" not in names:
+        return size
+    experts = next(place.experts for place in config.places if place.experts)
+    return size * experts.per_token // experts.count
 
 
 def n_parameters(config: ModelConfig) -> int:
     """Parameters of the language model."""
-    norms = (2 * config.n_layers + 1) * config.d_model
-    embeddings = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
-    return _layer_matrices(config) * config.n_layers + norms + embeddings
-
-
-def _layer_matrices(config: ModelConfig) -> int:
-    attention = config.d_model * config.d_head * 2 * (config.n_heads + config.n_kv_heads)
-    return attention + 3 * config.d_model * config.d_ff
+    return parameters(config).total
 
 
 def flops_per_token(config: ModelConfig, length: int) -> int:
     """Training FLOPs (forward and backward, no recomputation) of one token in a row of `length`.
 
     Two per weight forward and four backward, for every matrix a token passes (the head, not the
-    embedding table); and the score and value products with the keys a query sees: the causal half
-    of the row, or what a window leaves of it.
+    embedding table); and what mixes tokens: scores and values with the keys a query sees, say.
     """
-    matrices = _layer_matrices(config) * config.n_layers + config.d_model * config.vocab_size
-    windows = itertools.islice(itertools.cycle(config.period), config.n_layers)
-    seen = sum(_seen(length, window) for window in windows)
-    attention = config.n_heads * config.d_head * seen // length
-    return 6 * (matrices + attention)
-
-
-def _seen(length: int, window: int | None) -> int:
-    """Twice the area that a layer's mask leaves of (length, length): a triangle, less what lies
-    before the window."""
-    hidden = max(0, length - window) if window else 0
-    return length**2 - hidden**2
+    mixed = sum(
+        ATTENTION[layer.attention].mixing_flops(layer, length)
+        for layer in map(config.layer, range(config.n_layers))
+    )
+    return 6 * (parameters(config).products + mixed // length)
 
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> int:
@@ -44,5 +84,13 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> int:
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes of keys and values that one token leaves behind (bf16 by default)."""
-    return 2 * config.n_layers * config.n_kv_heads * config.d_head * bytes_per_value
+    """Bytes that a token adds to the cache (bf16 by default), while no window is full: those of
+    layers that keep every token, or of any as long as the row is shorter than their windows."""
+    kind = {1: jnp.int8, 2: jnp.bfloat16, 4: jnp.float32}[bytes_per_value]
+    return cache_bytes(config, 1, 2, kind) - cache_bytes(config, 1, 1, kind)
+
+
+def cache_bytes_per_row(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
+    """Bytes of the cache of one row of `length` tokens: windows, once full, and states stay."""
+    kind = {1: jnp.int8, 2: jnp.bfloat16, 4: jnp.float32}[bytes_per_value]
+    return cache_bytes(config, 1, length, kind)

@@ -11,12 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.model.llama import Params
 from llama_jax.model.ops.weight import OutputMajor, Words
+from llama_jax.model.stack import Params, by_place
 
 # Output axes of every matrix. `embed` has its output, the vocabulary, first, since its rows are
 # looked up; all others have their outputs last.
-OUTPUTS = {"embed": 1, "q": 2, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1, "head": 1}
+OUTPUTS = {
+    **{"embed": 1, "q": 2, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1, "head": 1},
+    **{"q_pair": 3, "k_pair": 3, "head_gate": 2, "q_down": 1, "q_up": 2, "kv_down": 1},
+}
 INPUTS = {**dict.fromkeys(OUTPUTS, 1), "o": 2}
 
 
@@ -104,8 +107,14 @@ def for_decoding(params: Params, rows: int, consume: bool = False) -> Params:
         return tuple(convert(name, _layer(stacked, i)) for i in layers)
 
     outside = {name: leaf for name, leaf in params.items() if name != "layers"}
-    columns = _map_matrices(convert_layers, params["layers"], consume, other=_layers)
-    layers = tuple(_pick(columns, i) for i in range(len(columns["attention_norm"])))
+    stacks = [
+        _map_matrices(convert_layers, stack, consume, other=_layers)
+        for stack in by_place(params["layers"])
+    ]
+    counts = [len(stack["attention_norm"]) for stack in stacks]
+    layers = tuple(
+        _pick(stacks[depth % len(stacks)], depth // len(stacks)) for depth in range(sum(counts))
+    )
     return {**_map_matrices(convert, outside, consume), "layers": layers}
 
 

@@ -17,23 +17,23 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import ComputeConfig, ModelConfig
-from llama_jax.model.attention.grouped_query import GroupedQueryAttention
-from llama_jax.model.cache import KVCache, LayerCache
-from llama_jax.model.feed_forward import FeedForward
+from llama_jax.model.attention import ATTENTION, check, wanted
+from llama_jax.model.attention.interface import Keys, Tokens
+from llama_jax.model.cache import KVCache
+from llama_jax.model.layer import RESIDUAL, Layer, Passed, Scalars
+from llama_jax.model.layer_cache import LayerCache
 from llama_jax.model.ops.attend import Visibility
-from llama_jax.model.ops.kernels import Kernel, chosen
+from llama_jax.model.ops.kernels import chosen
 from llama_jax.model.ops.norm import rms_norm
 from llama_jax.model.ops.product import Weight, product
 from llama_jax.model.ops.rope import rotations
 from llama_jax.model.ops.weight import take
-from llama_jax.model.param import box, fan_in_normal, param, split, stack_boxes
+from llama_jax.model.param import box, fan_in_normal, split, stack_boxes
+from llama_jax.model.stack import Params, by_place, joined, split_layers
 from sharding.constrain import constrain, parts
 from sharding.rules import Rules
 
-Params = dict[str, Any]
 Head = Literal["lm", "scalar", "none"]
-Carry = tuple[jax.Array, KVCache | None]
-RESIDUAL = ("batch", "residual_seq", "act_embed")  # axes of the stream between blocks
 LOGITS = ("batch", "seq", "act_vocab")
 
 
@@ -42,42 +42,12 @@ class Output(NamedTuple):
 
     value: fp32 logits (B, T, V), fp32 scores (B, T) or hidden states (B, T, D), by `head`.
     cache: the cache with this call's tokens in it, or None.
-    aux: auxiliary losses by name (none for a dense model).
+    aux: auxiliary values by name, summed over the layers (none for a dense model).
     """
 
     value: jax.Array
     cache: KVCache | None
     aux: dict[str, jax.Array]
-
-
-class Layer(nn.Module):
-    """One block: attention and feed-forward, each on a normed copy of the residual stream."""
-
-    config: ModelConfig
-    rules: Rules | None
-    kernel: Kernel = "xla"
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
-        visibility: Visibility,
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """(B, T, D) -> (B, T, D), and the layer's cache."""
-        D, eps = self.config.d_model, self.config.norm_eps
-        parts = (self.config, self.rules)
-        ones = nn.initializers.ones
-        attention_norm = param(self, "attention_norm", ones, (D,), ("embed",))
-        feed_forward_norm = param(self, "feed_forward_norm", ones, (D,), ("embed",))
-
-        y, cache = GroupedQueryAttention(*parts, self.kernel, name="attention")(
-            rms_norm(x_BTD, attention_norm, eps), rotation, visibility, cache
-        )
-        x = constrain(x_BTD + y, RESIDUAL, self.rules)
-        y = FeedForward(*parts, name="feed_forward")(rms_norm(x, feed_forward_norm, eps))
-        return constrain(x + y, RESIDUAL, self.rules), cache
 
 
 @dataclass(frozen=True)
@@ -87,6 +57,10 @@ class Llama:
     config: ModelConfig
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     rules: Rules | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where attention does not read what the config says."""
+        check(self.config)
 
     def init(self, key: jax.Array, head: Head = "lm") -> Params:
         """New fp32 parameters, layers stacked on a leading axis."""
@@ -102,21 +76,20 @@ class Llama:
 
     def _boxes(self, key: jax.Array, head: Head) -> Params:
         c = self.config
-        layer = Layer(c, None)  # a row of one token, which no mesh could split
         embed_key, layers_key, head_key = jax.random.split(key, 3)
-        some_x = jnp.zeros((1, 1, c.d_model))
-        some_positions = jnp.zeros((1, 1), jnp.int32)
-        some_rotation = rotations(c, some_positions, None, None)
-        some_visibility = Visibility(some_positions)
-
-        def init_layer(key: jax.Array) -> Any:
-            return layer.init(key, some_x, some_rotation, some_visibility, None)["params"]
-
+        layer_keys = jax.random.split(layers_key, c.n_layers)
         ones = nn.initializers.ones
         wide = fan_in_normal(c.d_model)
         params = {
             "embed": box(wide, embed_key, (c.vocab_size, c.d_model), ("vocab", "embed")),
-            "layers": stack_boxes(init_layer, jax.random.split(layers_key, c.n_layers)),
+            "layers": joined(
+                tuple(
+                    stack_boxes(
+                        functools.partial(_init_layer, place), layer_keys[i :: len(c.places)]
+                    )
+                    for i, place in enumerate(c.places)
+                )
+            ),
             "final_norm": box(ones, head_key, (c.d_model,), ("embed",)),
         }
         if head == "lm" and not c.tie_embeddings:
@@ -139,29 +112,26 @@ class Llama:
         """The forward pass.
 
         positions rise along a row within a document. segments tell documents of a row apart; 0 is
-        padding. With a cache the row is one document: segments only mark padding, which is not
-        stored, and rows_B are the cache's rows that are meant (None: all of them, in order). Ids,
-        positions and rows must be in range: the host checks, since jax does not. `balanced` says
-        that the tokens of each row lie in the order of `balanced_order`, and so will the results.
+        padding. With a cache the row is one document, whose tokens come one after the other from
+        position 0 on: segments only mark padding, which is not stored, and rows_B are the cache's
+        rows that are meant (None: all of them, in order). Ids, positions and rows must be in range:
+        the host checks, since jax does not. `balanced` says that the tokens of each row lie in the
+        order of `balanced_order`, and so will the results.
 
         params["layers"] stacked is scanned; a tuple of layers (`unstack`) is unrolled, as the cache
         must then be.
         """
-        visibility = Visibility(positions_BT, segments_BT, balanced=balanced)
-        slots_BT = positions_BT
-        if cache is not None:
-            visibility = Visibility(positions_BT, None, jnp.arange(cache.max_length)[None])
-            if segments_BT is not None:
-                slots_BT = jnp.where(segments_BT == 0, cache.max_length, positions_BT)
-        cache_length = None if cache is None else cache.max_length
-        rotation = rotations(self.config, positions_BT, segments_BT, cache_length)
-
-        model = self if cache is None else self._with_whole_rows()
+        if cache is None:
+            model, visibility = self, Visibility(positions_BT, segments_BT, balanced=balanced)
+        else:
+            model, visibility = self._with_whole_rows(), Visibility(positions_BT)
+        real_BT = None if segments_BT is None else segments_BT != 0
+        tokens = model._tokens(visibility, segments_BT, real_BT, cache)
         x = take(params["embed"], tokens_BT, self.compute.dtype)
         x = constrain(x, RESIDUAL, model.rules)
-        x, cache = model._layers(params["layers"], x, rotation, visibility, cache, slots_BT, rows_B)
+        x, cache, aux = model._layers(params["layers"], x, tokens, cache, rows_B)
         x = rms_norm(x, params["final_norm"], self.config.norm_eps)
-        return Output(model._head(params, x, head), cache, {})
+        return Output(model._head(params, x, head), cache, aux)
 
     def _with_whole_rows(self) -> "Llama":
         """This model with rules that leave the tokens of a row together: a decoded token is one."""
@@ -169,75 +139,114 @@ class Llama:
             return self
         return replace(self, rules=self.rules.replace(seq=None, residual_seq=None))
 
+    def _tokens(
+        self,
+        visibility: Visibility,
+        segments_BT: jax.Array | None,
+        real_BT: jax.Array | None,
+        cache: KVCache | None,
+    ) -> tuple[Tokens, ...]:
+        """What the layers at each place of the pattern are told of the tokens."""
+        length = None if cache is None else cache.max_length
+        known: dict[Any, Any] = {}  # equal frequencies are computed once
+
+        def told(place: ModelConfig) -> Tokens:
+            width = ATTENTION[place.attention].rotary_width(place)
+            kind = width, place.rope_theta, place.rope_scaling
+            if width and kind not in known:
+                known[kind] = rotations(place, visibility.positions, segments_BT, length, width)
+            seen = visibility._replace(
+                window=place.window, chunk=place.chunk, keep_first=place.keep_first
+            )
+            return Tokens(seen, known[kind] if width else None, 0, real_BT, length)
+
+        return tuple(told(place) for place in self.config.places)
+
     def _layers(
         self,
         layers: Any,
         x: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
-        visibility: Visibility,
+        tokens: tuple[Tokens, ...],
         cache: KVCache | None,
-        slots_BT: jax.Array,
         rows_B: jax.Array | None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, KVCache | None, Scalars]:
         stacked = not isinstance(layers, tuple)
         if cache and stacked != cache.stacked:
             raise ValueError(
                 "layers and cache must both be stacked, or both be unstacked: KVCache.init takes "
                 f"stacked={stacked} for these parameters"
             )
-        scan = stacked and (self.compute.scan_layers or cache is not None)
-        # What layers differ in comes again after a period of them, which is what is looped over.
-        windows = self.config.period
-        period = len(windows)
+        places, count = self.config.places, self.config.n_layers
+        period = len(places)
+        positions_BT, real_BT = tokens[0].visibility.positions, tokens[0].real
 
         @functools.cache  # equal layers are one function, which jax traces once
         def block(place: int, inside_scan: bool = False) -> Any:
-            seen = visibility._replace(window=windows[place])
-            return _rematerialise(self._block(rotation, seen), self.compute, inside_scan)
+            return _rematerialise(self._block(place, tokens[place]), self.compute, inside_scan)
 
-        if scan:
+        def mine(cache: KVCache | None, depth: Any, place: int) -> LayerCache | None:
+            return cache.layer(depth, place, positions_BT, real_BT, rows_B) if cache else None
+
+        if stacked and (self.compute.scan_layers or cache is not None):
             # The cache is carried and updated in place: as scan input and output it would exist
             # twice.
-            def run(block: Any, carry: Carry, weights: Any, depth: jax.Array | int) -> Carry:
-                x, cache = carry
-                x, mine = block(x, weights, cache.layer(depth, slots_BT, rows_B) if cache else None)
-                return x, KVCache(mine.key, mine.value) if mine else None
+            def run(x: jax.Array, cache: KVCache | None, all_weights: Any, turn: Any) -> Any:
+                """One period, or its beginning: as many places as there are weights."""
+                keys: Keys | None = None
+                sums: Scalars = {}
+                for place, weights in enumerate(all_weights):
+                    depth = turn * period + place
+                    layer_cache = mine(cache, turn, place)
+                    passed = block(place, True)(x, weights, layer_cache, keys, depth)
+                    x, keys = passed.stream, passed.keys or keys
+                    sums = _added(sums, passed.aux)
+                    if cache:
+                        cache = cache.with_layer(place, passed.cache)
+                return x, cache, sums
 
-            def body(carry: Carry, xs: Any) -> tuple[Carry, None]:
-                weights, depth = xs
-                for place in range(period):
-                    own = weights if period == 1 else _at(weights, place)
-                    carry = run(block(place, True), carry, own, depth + place)
-                return carry, None
+            def body(carry: Any, xs: Any) -> tuple[Any, Scalars]:
+                x, cache, sums = run(*carry, *xs)
+                return (x, cache), sums
 
-            whole = self.config.n_layers - self.config.n_layers % period
-            periods = layers if period == 1 else _grouped(layers, whole, period)
-            carry, _ = jax.lax.scan(body, (x, cache), (periods, jnp.arange(0, whole, period)))
-            for depth in range(whole, self.config.n_layers):
-                carry = run(block(depth % period), carry, _at(layers, depth), depth)
-            return carry
+            turns, rest = divmod(count, period)
+            stacks = by_place(layers)
+            whole = stacks if not rest else jax.tree.map(lambda w: w[:turns], stacks)
+            (x, cache), sums = jax.lax.scan(body, (x, cache), (whole, jnp.arange(turns)))
+            aux = jax.tree.map(lambda each: jnp.sum(each, axis=0), sums)
+            if rest:
+                last = jax.tree.map(lambda w: w[turns], stacks[:rest])
+                x, cache, sums = run(x, cache, last, turns)
+                aux = _added(aux, sums)
+            return x, cache, aux
 
-        per_layer = _split_layers(layers) if stacked else layers
-        stored = []
-        for depth, weights in enumerate(per_layer):
-            mine = cache.layer(depth, slots_BT, rows_B) if cache else None
-            x, mine = block(depth % period)(x, weights, mine)
-            if mine:
-                stored.append(mine)
-        if cache:
-            cache = KVCache(tuple(c.key for c in stored), tuple(c.value for c in stored))
-        return x, cache
+        keys, aux, stored = None, {}, []
+        for depth, weights in enumerate(split_layers(layers) if stacked else layers):
+            place = depth % period
+            layer_cache = mine(cache, depth, place)
+            passed = block(place)(x, weights, layer_cache, keys, jnp.int32(depth))
+            x, keys = passed.stream, passed.keys or keys
+            aux = _added(aux, passed.aux)
+            if passed.cache:
+                stored.append(passed.cache.arrays)
+        return x, cache and replace(cache, layers=tuple(stored)), aux
 
-    def _block(self, rotation: tuple[jax.Array, jax.Array], visibility: Visibility) -> Any:
-        """(x, weights, cache of the layer) -> (x, cache of the layer)."""
-        devices, windowed = parts("seq", self.rules), visibility.window is not None
-        kernel = chosen(self.compute.attention, devices=devices, windowed=windowed)
-        layer = Layer(self.config, self.rules, kernel)
+    def _block(self, place: int, tokens: Tokens) -> Any:
+        """(x, weights, cache of the layer, keys to share, depth) -> Passed."""
+        places = self.config.places
+        wants = wanted(self.config)
+        kernel = chosen(self.compute.attention, devices=parts("seq", self.rules), wanted=wants)
+        lends = any(later.shares_kv for later in places[place + 1 :])
+        layer = Layer(places[place], self.rules, kernel, lends and not places[place].shares_kv)
 
         def block(
-            x: jax.Array, weights: Any, layer_cache: LayerCache | None
-        ) -> tuple[jax.Array, LayerCache | None]:
-            return layer.apply({"params": weights}, x, rotation, visibility, layer_cache)
+            x: jax.Array,
+            weights: Any,
+            layer_cache: LayerCache | None,
+            keys: Keys | None,
+            depth: jax.Array,
+        ) -> Passed:
+            told = tokens._replace(depth=depth)
+            return layer.apply({"params": weights}, x, told, layer_cache, keys)
 
         return block
 
@@ -278,32 +287,21 @@ def _rematerialise(block: Any, compute: ComputeConfig, inside_scan: bool) -> Any
     return jax.checkpoint(block, policy=policy, prevent_cse=not inside_scan)
 
 
-def _grouped(layers: Any, count: int, period: int) -> Any:
-    """The first `count` of stacked layers, (count / period, period, ...); when training, XLA makes
-    a copy of them."""
-    return jax.tree.map(lambda w: w[:count].reshape(-1, period, *w.shape[1:]), layers)
+def _added(sums: Scalars, more: Scalars) -> Scalars:
+    return {name: sums.get(name, 0.0) + value for name, value in more.items()} | {
+        name: value for name, value in sums.items() if name not in more
+    }
 
 
-def _at(layers: Any, index: int) -> Any:
-    """The weights of one of several stacked layers."""
-    return jax.tree.map(lambda w: w[index], layers)
-
-
-def _split_layers(layers: Any) -> tuple[Any, ...]:
-    """Stacked layers as L trees. The gradient of a split is one concatenation, not L scatters."""
-    leaves, tree = jax.tree.flatten(layers)
-    count = leaves[0].shape[0]
-    parts = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
-    return tuple(
-        jax.tree.unflatten(tree, [part[i].squeeze(0) for part in parts]) for i in range(count)
-    )
-
-
-def unstack(params: Params) -> Params:
-    """The same parameters with `layers` as a tuple of per-layer trees (for unrolled programs)."""
-    return {**params, "layers": _split_layers(params["layers"])}
-
-
-def stack(params: Params) -> Params:
-    """The inverse of `unstack`."""
-    return {**params, "layers": jax.tree.map(lambda *a: jnp.stack(a), *params["layers"])}
+def _init_layer(place: ModelConfig, key: jax.Array) -> Any:
+    """New parameters of one layer, in their boxes."""
+    # A row of one token, which no mesh could split; of a layer that shares keys, one head of them.
+    positions = jnp.zeros((1, 1), jnp.int32)
+    visibility = Visibility(positions)
+    width = ATTENTION[place.attention].rotary_width(place)
+    rotation = rotations(place, positions, None, None, width) if width else None
+    tokens = Tokens(visibility, rotation, 0, None, None)
+    key_or_value = jnp.zeros((1, place.n_kv_heads, 1, place.d_head))
+    shared = Keys(key_or_value, key_or_value, None) if place.shares_kv else None
+    x = jnp.zeros((1, 1, place.d_model))
+    return Layer(place, None).init(key, x, tokens, None, shared)["params"]

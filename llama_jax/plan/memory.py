@@ -13,7 +13,8 @@ import jax
 
 from llama_jax.config import ConfigError, ModelConfig, TrainConfig
 from llama_jax.model.cache import KVCache
-from llama_jax.model.llama import LOGITS, RESIDUAL, Llama
+from llama_jax.model.layer import RESIDUAL
+from llama_jax.model.llama import LOGITS, Llama
 from llama_jax.plan.settings import PlanConfig
 from sharding.partition import divided_spec
 from sharding.rules import PRESETS, Rules
@@ -176,7 +177,8 @@ def _layer_widths(config: TrainConfig, sizes: Mapping[str, int], rules: Rules) -
 
     queries = width(model.n_heads, "act_heads") * model.d_head
     keys = width(model.n_kv_heads, "act_kv_heads") * model.d_head
-    inner = width(model.d_ff, "act_mlp")
+    experts = model.experts.per_token if model.experts else 1
+    inner = width(model.d_ff, "act_mlp") * experts
     return {
         "input": stream,
         "attention norm": stream,

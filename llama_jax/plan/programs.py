@@ -87,8 +87,13 @@ def decoding_mesh(config: PlanConfig, devices: int) -> MeshConfig:
     share them without a rest, and the rows over the others."""
     if config.mesh.rules == "decode":
         return config.mesh
-    k = next(shape for name, shape, _ in declared(config.model) if name == "layers/attention/k")
-    return MeshConfig(data=-1, fsdp=1, tensor=math.gcd(devices, k[2]), rules="decode")
+    heads = {
+        size
+        for _, shape, axes in declared(config.model)
+        for size, axis in zip(shape, axes, strict=True)
+        if axis in ("heads", "kv_heads")
+    }
+    return MeshConfig(data=-1, fsdp=1, tensor=math.gcd(devices, *heads), rules="decode")
 
 
 def training_jaxpr(config: TrainConfig) -> Any:

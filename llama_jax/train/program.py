@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import ConfigError, TrainConfig
-from llama_jax.model.llama import LOGITS, RESIDUAL, Llama
+from llama_jax.model.attention import check_order, wanted
+from llama_jax.model.layer import RESIDUAL
+from llama_jax.model.llama import LOGITS, Llama
 from llama_jax.model.ops.kernels import Kernel, check_able, chosen
 from llama_jax.train.optimizer import Optimizer, adamw
 from llama_jax.train.step import (
@@ -133,12 +135,13 @@ def check_tokens(config: TrainConfig, sizes: Mapping[str, int], platform: str) -
     rules = PRESETS[config.mesh.rules]
     rows, length = config.data.batch_size // config.accumulate, config.data.sequence_length
     devices = math.prod(sizes[axis] for axis in rules.mesh_axes("seq"))
-    windowed = any(config.model.windows)
-    kernel = chosen(config.compute.attention, platform, devices, windowed)
+    wants = wanted(config.model)
+    kernel = chosen(config.compute.attention, platform, devices, wants)
     stream = (rows, length, config.model.d_model)
     logits = (rows, length // config.compute.loss_chunks, config.model.vocab_size)
     try:
-        check_able(kernel, length, devices, windowed)
+        check_able(kernel, length, devices, wants)
+        check_order(config.model, devices)
         divided_spec(stream, RESIDUAL, sizes, rules, "the stream between blocks")
         divided_spec(logits, LOGITS, sizes, rules, "the logits of one of compute.loss_chunks")
     except ValueError as error:

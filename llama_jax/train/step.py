@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llama_jax.config import ModelConfig
 from llama_jax.model.llama import Llama
 from llama_jax.model.ops.balance import balanced_order
 from llama_jax.model.ops.cross_entropy import cross_entropy
@@ -57,6 +58,7 @@ def state_axes(param_axes: Any, optimizer: Optimizer) -> TrainState:
 def lm_loss(model: Llama, z_loss: float = 0.0) -> LossFn:
     """Next-token cross-entropy in nats, summed over the weighted tokens.
 
+    A mixture of experts adds, for every such token, what its routers lose in a layer on average.
     The batch holds tokens, targets, positions, segments (int32) and weights (fp32), each (B, T).
     """
 
@@ -65,15 +67,15 @@ def lm_loss(model: Llama, z_loss: float = 0.0) -> LossFn:
         if devices > 1:
             order = balanced_order(batch["tokens"].shape[1], devices)
             batch = {name: x[:, order] for name, x in batch.items()}
-        hidden_BTD = model.apply(
+        hidden_BTD, _, aux = model.apply(
             params,
             batch["tokens"],
             batch["positions"],
             batch["segments"],
             head="none",
             balanced=devices > 1,
-        ).value
-        return cross_entropy(
+        )
+        total, sums = cross_entropy(
             hidden_BTD,
             model.output_weight(params),
             batch["targets"],
@@ -81,8 +83,18 @@ def lm_loss(model: Llama, z_loss: float = 0.0) -> LossFn:
             model.compute.loss_chunks,
             z_loss,
         )
+        if aux:
+            each = sums["weight"] / mixtures(model.config)
+            total += aux["router_loss"] * each
+            sums |= {name: jax.lax.stop_gradient(value * each) for name, value in aux.items()}
+        return total, sums
 
     return loss
+
+
+def mixtures(config: ModelConfig) -> int:
+    """How many layers are mixtures of experts."""
+    return sum(config.layer(depth).experts is not None for depth in range(config.n_layers))
 
 
 def make_step(

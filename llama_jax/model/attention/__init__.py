@@ -1,1 +1,72 @@
-"""Attention variants, one file each."""
+"""Attention and its variants: each is a class of one file, and a line of the table.
+
+docs/add_a_variant.md says how to add one.
+"""
+
+from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.model.attention.differential import DifferentialAttention
+from llama_jax.model.attention.gated import GatedAttention
+from llama_jax.model.attention.gated_delta import GatedDelta
+from llama_jax.model.attention.grouped_query import GroupedQueryAttention
+from llama_jax.model.attention.interface import Attention, read_settings
+from llama_jax.model.attention.latent import LatentAttention
+
+ATTENTION: dict[str, type[Attention]] = {
+    "grouped_query": GroupedQueryAttention,
+    "gated": GatedAttention,
+    "differential": DifferentialAttention,
+    "latent": LatentAttention,
+    "gated_delta": GatedDelta,
+}
+
+# Fields of ModelConfig that a variant reads only if it says so, and their value in LLaMA.
+OPTIONAL = (
+    *("position", "rotary_fraction", "rope_scaling", "window", "chunk", "keep_first", "sinks"),
+    *("score_cap", "qk_norm", "keys_are_values", "shares_kv"),
+)
+
+
+def check(config: ModelConfig) -> None:
+    """Refuses a model whose attention is not in the table, or does not read what it is given.
+
+    Raises:
+        ConfigError: naming the field and the remedy.
+    """
+    for place in config.places:
+        name = place.attention
+        if name not in ATTENTION:
+            raise ConfigError(f"no attention is called '{name}': known are {', '.join(ATTENTION)}")
+        variant = ATTENTION[name]
+        read_settings(place, variant.Settings)
+        variant.check(place)
+        for field in OPTIONAL:
+            default = ModelConfig.model_fields[field].default
+            if field not in variant.settings and getattr(place, field) != default:
+                raise ConfigError(f"attention {name} has no {field}: remove model.{field}")
+
+
+def check_order(config: ModelConfig, devices: int) -> None:
+    """Refuses to split the tokens of a row over devices where some layer reads them in order.
+
+    Raises:
+        ValueError: naming the attention and the remedy.
+    """
+    for place in config.places:
+        if devices > 1 and ATTENTION[place.attention].recurrent:
+            raise ValueError(
+                f"attention {place.attention} reads a row's tokens in order: use mesh.context 1"
+            )
+
+
+def wanted(config: ModelConfig) -> frozenset[str]:
+    """Fields of ModelConfig with which a kernel has to reckon in some layer."""
+    found = set()
+    for place in config.places:
+        if not ATTENTION[place.attention].fused:
+            found.add("attention")
+        if place.position == "alibi":
+            found.add("position")
+        for field in ("window", "chunk", "keep_first", "sinks", "score_cap"):
+            if getattr(place, field) != ModelConfig.model_fields[field].default:
+                found.add(field)
+    return frozenset(found)

@@ -19,32 +19,48 @@ from sharding.rules import Rules
 
 Kernel = Literal["auto", "xla", "splash", "flash"]
 OF_PLATFORM: dict[str, Kernel] = {"tpu": "splash", "gpu": "flash", "cuda": "flash"}
+NOTHING: frozenset[str] = frozenset()
+EVERYTHING = frozenset(
+    {"attention", "position", "window", "chunk", "keep_first", "sinks", "score_cap"}
+)
+# What a kernel can do besides LLaMA's attention, as fields of ModelConfig.
+ABLE = {
+    "xla": EVERYTHING,
+    "auto": EVERYTHING,
+    "splash": frozenset({"window", "score_cap"}),
+    "flash": NOTHING,
+}
 LANES = 128  # of a TPU's vector unit: blocks are multiples
 LARGEST_BLOCK = 1024  # queries, or keys, that are loaded at once
 LARGEST_PART = 512  # keys that are computed at once
 
 
 def chosen(
-    kernel: Kernel, platform: str | None = None, devices: int = 1, windowed: bool = False
+    kernel: Kernel, platform: str | None = None, devices: int = 1, wanted: frozenset[str] = NOTHING
 ) -> Kernel:
     """The kernel itself, or for "auto" that of a platform (None: of this process), if it can split
-    a row's tokens over so many devices and has sliding windows; else xla."""
+    a row's tokens over so many devices and has all that is wanted; else xla."""
     if kernel != "auto":
         return kernel
     found = OF_PLATFORM.get(platform or jax.default_backend(), "xla")
-    return "xla" if found == "flash" and (devices > 1 or windowed) else found
+    able = wanted <= ABLE[found] and (found != "flash" or devices == 1)
+    return found if able else "xla"
 
 
-def check_able(kernel: Kernel, length: int, devices: int, windowed: bool) -> None:
+def check_able(kernel: Kernel, length: int, devices: int, wanted: frozenset[str]) -> None:
     """Refuses what a kernel cannot do: rows that devices cannot share with the same causal work,
-    sliding windows.
+    variants of attention that it does not have.
+
+    Args:
+        wanted: fields of ModelConfig that the layers have otherwise than LLaMA.
 
     Raises:
         ValueError: naming the numbers and the remedy.
     """
-    if windowed and kernel == "flash":
+    if missing := sorted(wanted - ABLE[kernel]):
         raise ValueError(
-            "the flash kernel has no sliding windows (model.windows): use compute.attention xla"
+            f"the {kernel} kernel has no {', '.join(missing)} (model.{missing[0]}): use "
+            "compute.attention xla"
         )
     if devices == 1:
         return
@@ -70,7 +86,10 @@ def fused(
     segments_BT: jax.Array | None,
     rules: Rules | None = None,
     balanced: bool = False,
+    *,
     window: int | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention within segments, (B, T, N, H): each device computes its rows, heads and
@@ -82,26 +101,33 @@ def fused(
         rules: how batch, heads and seq are split over the mesh in force.
         balanced: tokens lie in the order of `balanced_order`.
         window: keys that a query sees at most, its own among them; None: all.
+        scale: of the scores; None: one over the root of a head's width.
+        cap: soft cap of the scores; None: they have none.
         interpret: run the kernel's steps one by one, on any device: for tests.
 
     Raises:
-        ValueError: the kernel cannot split these tokens, or has no windows.
+        ValueError: the kernel cannot split these tokens, or has no windows or caps.
     """
-    B, T = q_BTNH.shape[:2]
-    check_able(kernel, T, parts("seq", rules), window is not None)
+    B, T, _, H = q_BTNH.shape
+    given = {"window": window, "score_cap": cap}
+    wanted = frozenset(name for name, value in given.items() if value is not None)
+    check_able(kernel, T, parts("seq", rules), wanted)
+    scale = H**-0.5 if scale is None else scale
     if segments_BT is None:
         segments_BT = jnp.ones((B, T), jnp.int32)
     if kernel == "splash":
-        return _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, window, interpret)
-    return _flash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, interpret)
+        return _splash(
+            q_BTNH * scale, k_BKTH, v_BKTH, segments_BT, rules, balanced, window, cap, interpret
+        )
+    return _flash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, scale, interpret)
 
 
-def _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, window, interpret):
+def _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, window, cap, interpret):
     """The TPU's kernel, which skips what a mask made beforehand hides."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    _, T, N, H = q_BTNH.shape
+    _, T, N, _ = q_BTNH.shape
     devices = parts("seq", rules)
     if devices == 1:
         q_BTNH, k_BKTH, v_BKTH, segments_BT = _padded(q_BTNH, k_BKTH, v_BKTH, segments_BT)
@@ -122,6 +148,7 @@ def _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, window, interp
         ),
         head_shards=parts("act_heads", rules),
         q_seq_shards=devices,
+        attn_logits_soft_cap=cap,
         residual_checkpoint_name="attended",
         interpret=interpret,
     )
@@ -131,7 +158,7 @@ def _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, window, interp
             natural = np.argsort(order)
             k_BKTH, v_BKTH = k_BKTH[:, :, natural], v_BKTH[:, :, natural]
             of_keys_BT = of_keys_BT[:, natural]
-        q_BNTH = jnp.swapaxes(q_BTNH * H**-0.5, 1, 2)
+        q_BNTH = jnp.swapaxes(q_BTNH, 1, 2)
         segments = splash.SegmentIds(of_queries_BT, of_keys_BT)
         y_BNTH = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=s))(
             q_BNTH, k_BKTH, v_BKTH, segments
@@ -153,11 +180,11 @@ def _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, window, interp
     )(kernel, q_BTNH, k_BKTH, v_BKTH, segments_BT, segments_BT)[:, :T]
 
 
-def _flash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, interpret):
+def _flash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, scale, interpret):
     """The GPU's kernel, in Triton; it wants as many key heads as query heads."""
     from jax.experimental.pallas.ops.gpu import attention
 
-    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    T = q_BTNH.shape[1]
 
     def run(q_BTNH, k_BKTH, v_BKTH, segments_BT):
         groups = q_BTNH.shape[2] // k_BKTH.shape[1]
@@ -165,7 +192,7 @@ def _flash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, interpret):
             jnp.repeat(jnp.swapaxes(x, 1, 2), groups, axis=2) for x in (k_BKTH, v_BKTH)
         )
         return attention.mha(
-            q_BTNH, k_BTNH, v_BTNH, segments_BT, H**-0.5, causal=True, interpret=interpret
+            q_BTNH, k_BTNH, v_BTNH, segments_BT, scale, causal=True, interpret=interpret
         )
 
     operands = _padded(q_BTNH, k_BKTH, v_BKTH, segments_BT)

@@ -13,11 +13,15 @@ from jax import lax
 
 from llama_jax.config import ModelConfig, RopeScaling
 
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines
 
-def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each pair, (H/2,) float64, with every scaling but dynamic applied."""
-    pairs = np.arange(0, config.d_head, 2, dtype=np.float64)
-    frequencies = config.rope_theta ** (-pairs / config.d_head)
+
+def inverse_frequencies(config: ModelConfig, width: int | None = None) -> np.ndarray:
+    """Radians per position of each pair, (width / 2,) float64, with every scaling but dynamic
+    applied; width: of what is turned, None for config.rotary_width."""
+    width = config.rotary_width if width is None else width
+    pairs = np.arange(0, width, 2, dtype=np.float64)
+    frequencies = config.rope_theta ** (-pairs / width)
     scaling = config.rope_scaling
     match scaling.type:
         case "none" | "dynamic":
@@ -27,7 +31,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
         case "llama3":
             return _llama3(frequencies, scaling)
         case "yarn":
-            return _yarn(frequencies, config)
+            return _yarn(frequencies, config, width)
 
 
 def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
@@ -40,21 +44,19 @@ def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def _yarn(frequencies: np.ndarray, config: ModelConfig) -> np.ndarray:
+def _yarn(frequencies: np.ndarray, config: ModelConfig, width: int) -> np.ndarray:
     """YaRN (arXiv 2309.00071, section 3.2): pairs that turn often are kept, slow ones stretched."""
     scaling = config.rope_scaling
     original, fast, slow = _given(scaling.original_context, scaling.beta_fast, scaling.beta_slow)
 
     def pair_that_turns(times: float) -> float:
         wavelength = original / times
-        return (
-            config.d_head * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
-        )
+        return width * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     first = max(math.floor(pair_that_turns(fast)), 0)
-    last = min(math.ceil(pair_that_turns(slow)), config.d_head - 1)
+    last = min(math.ceil(pair_that_turns(slow)), width - 1)
     # Equal ends would divide by zero; the reference widens the ramp by the same small amount.
-    ramp = (np.arange(config.d_head // 2) - first) / (last - first if last > first else 1e-3)
+    ramp = (np.arange(width // 2) - first) / (last - first if last > first else 1e-3)
     stretch = np.clip(ramp, 0, 1)
     return frequencies * (1 - stretch) + frequencies / scaling.factor * stretch
 
@@ -78,20 +80,21 @@ def rotations(
     positions_BT: jax.Array,
     segments_BT: jax.Array | None,
     cache_length: int | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of every position and pair, each (B, T, H/2) fp32.
+    width: int | None = None,
+) -> Rotation:
+    """Cosines and sines of every position and pair, each (B, T, width / 2) fp32.
 
     Dynamic scaling depends on a length. Without a cache it is the document's own (largest position
     of its segment + 1); with one it is the cache's, fixed at its creation, so that keys stored
     early agree with late ones.
     """
-    frequencies = jnp.asarray(inverse_frequencies(config), jnp.float32)
+    frequencies = jnp.asarray(inverse_frequencies(config, width), jnp.float32)
     if config.rope_scaling.type == "dynamic":
         if cache_length is None:
             lengths_BT = _document_lengths(positions_BT, segments_BT)
         else:
             lengths_BT = jnp.full_like(positions_BT, cache_length)
-        frequencies = _dynamic(config, lengths_BT)
+        frequencies = _dynamic(config, lengths_BT, width)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     factor = attention_factor(config.rope_scaling)
     # The barrier keeps XLA from computing them once more in every layer, for every head.
@@ -106,9 +109,10 @@ def _document_lengths(positions_BT: jax.Array, segments_BT: jax.Array | None) ->
     return jnp.where(same_BTT, positions_BT[:, None, :], 0).max(axis=2) + 1
 
 
-def _dynamic(config: ModelConfig, lengths_BT: jax.Array) -> jax.Array:
+def _dynamic(config: ModelConfig, lengths_BT: jax.Array, width: int | None) -> jax.Array:
     """NTK-aware scaling: the base grows beyond the original context; (B, T, H/2) frequencies."""
-    scaling, width = config.rope_scaling, config.d_head
+    scaling = config.rope_scaling
+    width = config.rotary_width if width is None else width
     (original,) = _given(scaling.original_context)
     length = jnp.maximum(lengths_BT[..., None].astype(jnp.float32), original)
     growth = scaling.factor * length / original - (scaling.factor - 1)
@@ -116,9 +120,13 @@ def _dynamic(config: ModelConfig, lengths_BT: jax.Array) -> jax.Array:
     return base ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
 
 
-def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    """Turns each pair of each head by its angle, in fp32; the result has the type of x."""
-    pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
-    cos, sin = cos_BTH[:, :, None, None, :], sin_BTH[:, :, None, :]
+def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
+    """Turns each pair of the first 2 R numbers of each head by its angle, in fp32; the result has
+    the type of x."""
+    width = 2 * cos_BTR.shape[-1]
+    turning, still = x_BTNH[..., :width], x_BTNH[..., width:]
+    pairs = turning.astype(jnp.float32).reshape(*turning.shape[:-1], 2, -1)
+    cos, sin = cos_BTR[:, :, None, None, :], sin_BTR[:, :, None, :]
     turned = pairs * cos + pairs[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
-    return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+    turned = turned.reshape(turning.shape).astype(x_BTNH.dtype)
+    return jnp.concatenate([turned, still], axis=-1) if still.shape[-1] else turned

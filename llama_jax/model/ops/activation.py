@@ -1,7 +1,20 @@
-"""The SwiGLU activation (Shazeer, arXiv 2002.05202)."""
+"""Activations of the feed-forward layer: SwiGLU and GeGLU (Shazeer, arXiv 2002.05202), squared ReLU
+(So et al., arXiv 2109.08668)."""
 
 import jax
 import jax.numpy as jnp
+
+
+def activate(kind: str, gate: jax.Array | None, up: jax.Array) -> jax.Array:
+    """A product with a gate (swiglu, geglu), or the square of relu (relu2): in fp32, rounded once to
+    the type of `up`."""
+    if kind == "relu2":
+        return jnp.square(jax.nn.relu(up.astype(jnp.float32))).astype(up.dtype)
+    assert gate is not None
+    if kind == "swiglu":
+        return swiglu(gate, up)
+    wide = jax.nn.gelu(gate.astype(jnp.float32), approximate=True) * up.astype(jnp.float32)
+    return wide.astype(up.dtype)
 
 
 @jax.custom_vjp

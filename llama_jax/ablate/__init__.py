@@ -1,0 +1,1 @@
+"""Comparing variants of the architecture at small scale."""
