@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llama_jax import config as schema
 from llama_jax import flags, process
+from llama_jax.ablate.settings import AblateConfig
 from llama_jax.chat.settings import ChatConfig
 from llama_jax.config import ConfigError, Schema
 from llama_jax.convert.settings import ConvertConfig, VerifyConfig
@@ -50,6 +51,12 @@ COMMANDS = {
         schema.TrainConfig,
         "llama_jax.train.loop:train",
         "Pretrain, or continue a run that was stopped: the same command does both.",
+        repeats=True,
+    ),
+    "ablate": Command(
+        AblateConfig,
+        "llama_jax.ablate.command:ablate",
+        "Compare variants of the model at an equal budget: trains them all, and writes a report.",
         repeats=True,
     ),
     "plan": Command(
@@ -226,6 +233,7 @@ def _parse(name: str, command: Command, args: list[str]) -> Schema:
 
 
 def _config_path(file: str) -> Path:
-    """A file, or the name of one in configs/runs."""
-    path, named = Path(file), schema.configs_folder() / "runs" / f"{file}.yaml"
-    return named if not path.exists() and named.exists() else path
+    """A file, or the name of one in configs/runs or configs/ablations."""
+    folder = schema.configs_folder()
+    named = [folder / kind / f"{file}.yaml" for kind in ("runs", "ablations")]
+    return next((path for path in (Path(file), *named) if path.is_file()), Path(file))

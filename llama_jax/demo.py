@@ -5,7 +5,6 @@ Each stage is a command that could be typed by hand, and the demo prints it; eac
 files, so that the demo too goes on where it was stopped.
 """
 
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from llama_jax.config import (
     read_yaml,
 )
 from llama_jax.data.prepare import prepare
+from llama_jax.data.python_sources import corpus_globs
 from llama_jax.data.shards import META, Split, Stream
 from llama_jax.evaluate.ngram import bigram_loss, unigram_loss
 from llama_jax.generate.settings import SamplingConfig
@@ -33,8 +33,6 @@ from llama_jax.train.loop import train
 from llama_jax.train.metrics import METRICS, PLOT, read_metrics
 
 DONE = 0
-# Tests repeat themselves, some packages are tables or other people's code.
-NOT_LEARNT = {"test", "tests", "site-packages", "pydoc_data", "encodings", "lib2to3", "idlelib"}
 SAMPLING = SamplingConfig(temperature=0.5, top_p=0.95, max_new_tokens=96, seed=1)
 PROMPTS = (
     "def __init__(self, ",
@@ -102,23 +100,6 @@ def _recipe(config: DemoConfig, out: Path) -> TrainConfig:
     if config.steps is not None:
         values["steps"] = config.steps
     return parse(TrainConfig, values, str(path))
-
-
-def corpus_globs(folder: str | None) -> tuple[str, ...]:
-    """Globs of the .py files to learn from: a folder's, or those of Python's standard library.
-
-    Raises ConfigError where there are none.
-    """
-    root = Path(folder or sysconfig.get_path("stdlib"))
-    folders = {path.parent for path in root.rglob("*.py")}
-    globs = [
-        f"{inner}/*.py"
-        for inner in sorted(folders)
-        if NOT_LEARNT.isdisjoint(inner.relative_to(root).parts)
-    ]
-    if not globs:
-        raise ConfigError(f"{root} has no .py files; name a folder that has with --corpus")
-    return tuple(globs)
 
 
 def _write_samples(model: LanguageModel, path: Path, console: Console) -> None:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from llama_jax.config import ConfigError, Schema, flag_name
+from llama_jax.config import ConfigError, Frozen, Schema, flag_name
 
 Annotation = Any
 
@@ -163,4 +163,5 @@ def _type_name(annotation: Annotation) -> str:
         return " | ".join("none" if a is type(None) else _type_name(a) for a in inner)
     if _is_section(annotation):
         return " and ".join(annotation.model_fields)
-    return {bool: "true | false", int: "integer", float: "number", str: "text"}[annotation]
+    names = {bool: "true | false", int: "integer", float: "number", str: "text"}
+    return {**names, Frozen: "name: value ..."}[annotation]

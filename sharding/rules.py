@@ -88,12 +88,14 @@ _TRAIN = Rules.of(
         "kv_heads": "tensor",
         "head_dim": None,
         "mlp": "tensor",
+        "expert": "expert",
+        "router": None,
         "rank": None,
         "pair": None,
         "place": None,
         "layers": None,
         # Activations and caches.
-        "batch": ("data", "fsdp"),
+        "batch": ("data", "fsdp", "expert"),
         "seq": "context",
         "residual_seq": ("context", "tensor"),
         "kv_seq": None,
@@ -108,9 +110,10 @@ _TRAIN = Rules.of(
 PRESETS: dict[str, Rules] = {
     # Every parameter is split over fsdp x tensor and gathered over fsdp just before its layer runs
     # (ZeRO stage 3, arXiv 1910.02054); with tensor > 1 a layer's heads and widths stay split while
-    # it runs (Megatron, arXiv 1909.08053). data and fsdp both split the batch. context splits a
-    # row's tokens, and between blocks, where every token is on its own, tensor does so too
-    # (arXiv 2205.05198): norms and the values kept for the backward pass are not repeated.
+    # it runs (Megatron, arXiv 1909.08053). data, fsdp and expert split the batch, and expert the
+    # experts of a mixture too (arXiv 2006.16668). context splits a row's tokens, and between
+    # blocks, where every token is on its own, tensor does so too (arXiv 2205.05198): norms and the
+    # values kept for the backward pass are not repeated.
     "train": _TRAIN,
     # A decoding step is over before a layer's weights could be gathered, so weights stay where they
     # are: split over tensor, whole along fsdp, which here only splits the batch, as data does. What

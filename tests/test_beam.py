@@ -327,7 +327,7 @@ def test_a_mesh_finds_the_same(params: Params) -> None:
     config = SamplingConfig(num_beams=7, n=7, max_new_tokens=6, **PENALISED)
     requests = [Request([1, 2], config, ENDS)]
     plain = answer(MODEL, params, requests)
-    sizes = {"data": 2, "fsdp": 1, "context": 1, "tensor": 2}
+    sizes = {"data": 2, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}
     mesh = make_mesh(sizes, jax.devices()[:4])
     model = Llama(CONFIG, rules=PRESETS["decode"])
     placed = jax.device_put(

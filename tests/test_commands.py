@@ -7,7 +7,7 @@ import pytest
 
 import llama_jax
 from llama_jax import cli
-from llama_jax.demo import corpus_globs
+from llama_jax.data.python_sources import corpus_globs
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from llama_jax.config import (
     ComputeConfig,
     ConfigError,
     DataConfig,
+    ExpertsConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -23,10 +24,14 @@ from llama_jax.config import (
     Schema,
     TrainConfig,
     load_model,
+    model,
     model_names,
     parse,
     read,
+    reading,
     save,
+    section,
+    survival,
 )
 from llama_jax.convert import settings as convert_settings
 from llama_jax.convert.settings import ConvertConfig
@@ -34,7 +39,16 @@ from llama_jax.generate import settings as generate_settings
 from llama_jax.generate.settings import GenerateConfig, SamplingConfig
 
 # The schema of a command lies in config.py, or beside the command.
-MODULES = (config, chat_settings, convert_settings, generate_settings)
+MODULES = (
+    config,
+    model,
+    section,
+    reading,
+    survival,
+    chat_settings,
+    convert_settings,
+    generate_settings,
+)
 REPOSITORY = Path(__file__).parents[1]
 
 MODEL = {
@@ -173,7 +187,36 @@ def test_all_mistakes_are_told_at_once():
 
 CONTRADICTIONS = [
     (ModelConfig, MODEL | {"n_kv_heads": 3}, r"n_heads \(4\) .* multiple of n_kv_heads \(3\)"),
-    (ModelConfig, MODEL | {"d_head": 7}, r"d_head \(7\) must be even"),
+    (ModelConfig, MODEL | {"d_head": 7}, r"d_head x rotary_fraction \(7\) must be even"),
+    (ModelConfig, MODEL | {"rotary_fraction": 0.4}, r"rotary_fraction \(3\) must be even"),
+    (ModelConfig, MODEL | {"window": 3, "chunk": 3}, "window and chunk exclude each other"),
+    (ModelConfig, MODEL | {"keep_first": 3}, "keep_first .* only with a window or a chunk"),
+    (
+        ModelConfig,
+        MODEL | {"position": "alibi", "rotary_fraction": 0.5},
+        "rotary_fraction has no meaning with position: alibi",
+    ),
+    (
+        ModelConfig,
+        MODEL | {"pattern": [{}, {"shares_kv": True, "keys_are_values": True}]},
+        "pattern.1: a layer that shares_kv makes no keys",
+    ),
+    (ModelConfig, MODEL | {"shares_kv": True, "keys_are_values": True}, "makes no keys"),
+    (ModelConfig, MODEL | {"shares_kv": True}, "shares_kv stands in an entry of the pattern"),
+    (ModelConfig, MODEL | {"pattern": [{"shares_kv": True}]}, "pattern.0: shares_kv needs a layer"),
+    (ModelConfig, MODEL | {"pattern": [{}, {"d_model": 4}]}, "pattern.1: d_model is the same"),
+    (ModelConfig, MODEL | {"pattern": [{}, {}, {}]}, r"3 entries for n_layers \(2\)"),
+    (
+        ModelConfig,
+        MODEL | {"pattern": [{}, {"windw": 4}]},
+        "pattern.1: windw: unknown key; the nearest is 'window'",
+    ),
+    (
+        ModelConfig,
+        MODEL | {"pattern": [{"window": 4}, {"shares_kv": True}]},
+        "pattern.1: with shares_kv its window must be that of the layer",
+    ),
+    (ExpertsConfig, {"count": 2, "per_token": 3}, r"per_token \(3\) must be at most count \(2\)"),
     (
         ModelConfig,
         MODEL
@@ -211,12 +254,12 @@ CONTRADICTIONS = [
     (
         TrainConfig,
         merged(TRAIN, {"accumulate": 4, "mesh": {"data": 2, "fsdp": 2}}),
-        r"batch_size / accumulate \(2\) .* mesh.data x mesh.fsdp \(4\)",
+        r"batch_size / accumulate \(2\) .* mesh.data x mesh.fsdp x mesh.expert \(4\)",
     ),
     (
         TrainConfig,
         merged(TRAIN, {"mesh": {"data": 3, "fsdp": -1}}),
-        r"batch_size / accumulate \(8\) .* mesh.data x mesh.fsdp \(3\)",
+        r"batch_size / accumulate \(8\) .* mesh.data x mesh.fsdp x mesh.expert \(3\)",
     ),
     (
         TrainConfig,
@@ -422,7 +465,7 @@ def test_configs_are_found_in_a_clone_and_in_an_installed_package(tmp_path, monk
         (folder / "models").mkdir(parents=True)
         model = ModelConfig(**MODEL | {"d_model": width})
         save(model, folder / "models" / f"of_{width}.yaml")
-    monkeypatch.setattr(config, "__file__", str(package / "config" / "__init__.py"))
+    monkeypatch.setattr(reading, "__file__", str(package / "config" / "reading.py"))
     assert config.configs_folder() == inside
     assert model_names() == ["of_16"]
     assert load_model("of_16").d_model == 16
@@ -468,6 +511,7 @@ def test_groups_and_mesh_sizes():
     assert list(MeshConfig(data=2, tensor=4).sizes.items()) == [
         ("data", 2),
         ("fsdp", 1),
+        ("expert", 1),
         ("context", 1),
         ("tensor", 4),
     ]

@@ -197,7 +197,10 @@ def test_shards_of_safetensors_are_closed_when_full_and_listed(tmp_path, monkeyp
 def test_each_device_reads_its_part_of_every_format(to, tmp_path):
     first = huggingface_folder(tmp_path / "first", "llama2_gqa")
     source = open_source(converted(first, tmp_path / "there", to))
-    model, mesh = Llama(source.config), make_mesh({"data": 1, "fsdp": 2, "context": 1, "tensor": 2})
+    model, mesh = (
+        Llama(source.config),
+        make_mesh({"data": 1, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}),
+    )
     places = shardings(model.shapes(), model.axes(), mesh, PRESETS["train"])
     params = load_params(source, np.float32, places)
     for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True):
@@ -218,7 +221,10 @@ def test_of_a_layer_only_the_asked_slice_is_touched():
             return super().astype(*args, **keywords)
 
     watched = replace(source, tensor=lambda row, layer: source.tensor(row, layer).view(Watched))
-    mesh, model = make_mesh({"data": 2, "fsdp": 1, "context": 1, "tensor": 2}), Llama(source.config)
+    mesh, model = (
+        make_mesh({"data": 2, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}),
+        Llama(source.config),
+    )
     places = shardings(model.shapes(), model.axes(), mesh, PRESETS["train"])
     load_params(watched, DTYPES["bfloat16"], places)
     # d_model, d_ff / 2: once for each layer, device and matrix, however many replicas there are.

@@ -202,7 +202,7 @@ def test_sharded_tokens_equal_unsharded(
 ) -> None:
     requests = requests_of(PROMPTS[:5], WARM)
     plain = answer(MODEL, params, requests_of(PROMPTS, WARM))[:5]
-    sizes = {"data": 1, "fsdp": 1, "context": 1, **sizes}
+    sizes = {"data": 1, "fsdp": 1, "expert": 1, "context": 1, **sizes}
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     model = Llama(CONFIG, rules=PRESETS["decode"])
     placed = jax.device_put(

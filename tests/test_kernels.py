@@ -121,13 +121,13 @@ def test_without_segments_a_row_is_one_document(kernel):
 @pytest.mark.parametrize(
     ("kernel", "mesh_sizes", "balanced", "window"),
     [
-        ("splash", {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}, False, None),
-        ("flash", {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}, False, None),
-        ("splash", {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}, False, None),
-        ("splash", {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}, True, None),
-        ("splash", {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}, True, 150),
-        ("xla", {"data": 1, "fsdp": 2, "context": 2, "tensor": 1}, False, None),
-        ("xla", {"data": 1, "fsdp": 1, "context": 4, "tensor": 1}, True, 150),
+        ("splash", {"data": 1, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}, False, None),
+        ("flash", {"data": 1, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}, False, None),
+        ("splash", {"data": 1, "fsdp": 1, "expert": 1, "context": 2, "tensor": 2}, False, None),
+        ("splash", {"data": 1, "fsdp": 1, "expert": 1, "context": 2, "tensor": 2}, True, None),
+        ("splash", {"data": 1, "fsdp": 1, "expert": 1, "context": 2, "tensor": 2}, True, 150),
+        ("xla", {"data": 1, "fsdp": 2, "expert": 1, "context": 2, "tensor": 1}, False, None),
+        ("xla", {"data": 1, "fsdp": 1, "expert": 1, "context": 4, "tensor": 1}, True, 150),
     ],
 )
 def test_on_a_mesh_every_device_computes_its_part(kernel, mesh_sizes, balanced, window):
@@ -156,7 +156,9 @@ def test_on_a_mesh_every_device_computes_its_part(kernel, mesh_sizes, balanced, 
 
 def test_a_kernel_that_cannot_split_the_tokens_says_so():
     q, k, v, segments, _ = operands(T=256)
-    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 2, "tensor": 1}, jax.devices()[:2])
+    mesh = make_mesh(
+        {"data": 1, "fsdp": 1, "expert": 1, "context": 2, "tensor": 1}, jax.devices()[:2]
+    )
     with jax.set_mesh(mesh):
         with pytest.raises(ValueError, match="multiple of 512"):
             fused("splash", q, k, v, segments, RULES, interpret=True)

@@ -352,7 +352,10 @@ def test_another_tokenizer_is_refused(corpus, undisturbed, tmp_path):
     [
         ({"mesh": {"data": 2}}, "multiply to 2, but there are 4 devices"),
         ({"mesh": {"data": 1, "tensor": 4}}, "layers/attention/k: dimension 2 .kv_heads. is 2"),
-        ({"accumulate": 2}, r"must be a multiple of mesh.data x mesh.fsdp .4 on these devices"),
+        (
+            {"accumulate": 2},
+            r"must be a multiple of mesh.data x mesh.fsdp x mesh.expert .4 on these devices",
+        ),
         ({"model": {**MODEL, "vocab_size": 300}}, "has 320 pieces, but model.vocab_size is 300"),
         ({"patience": 3}, "patience needs validation data"),
     ],

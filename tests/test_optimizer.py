@@ -144,7 +144,7 @@ def test_changed_hyperparameters_act_on_an_old_state():
 def test_state_lies_where_its_parameters_lie():
     model = Llama(load_model("tiny"), ComputeConfig(), PRESETS["train"])
     optimizer = adamw(OptimizerConfig(), 3000, model.axes())
-    mesh = make_mesh({"data": 1, "fsdp": 2, "context": 1, "tensor": 2})
+    mesh = make_mesh({"data": 1, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2})
     shapes = jax.eval_shape(optimizer.init, model.shapes())
     placed = shardings(shapes, optimizer.axes, mesh, PRESETS["train"])
     params = shardings(model.shapes(), model.axes(), mesh, PRESETS["train"])

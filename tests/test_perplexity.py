@@ -212,7 +212,7 @@ def test_a_mesh_changes_nothing(cache, weights, params):
     if weights == "int8":
         params, axes, shapes = quantize(params), int8_axes(axes), int8_shapes(shapes)
     expected = losses(model, params, ids, 32, 16, cache_dtype=cache)
-    sizes = {"data": 2, "fsdp": 1, "context": 1, "tensor": 2}
+    sizes = {"data": 2, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}
     mesh = make_mesh(sizes, jax.devices()[:4])
     placed = jax.device_put(params, shardings(shapes, axes, mesh, model.rules))
     with jax.set_mesh(mesh):

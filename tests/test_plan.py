@@ -181,7 +181,7 @@ def test_the_closed_form_of_state_is_what_a_device_holds(fsdp, tensor):
 
 def test_what_lies_on_the_host_is_not_on_the_device():
     names = ("query", "key")
-    sizes = {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+    sizes = {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
 
     def memory(**changes):
         return training_memory(make_config(accumulate=2, **changes), sizes)
@@ -202,7 +202,7 @@ def test_keeping_more_takes_more_memory_and_fewer_flops():
     keep = ("query", "key", "value", "attended", "attention_out", "gate", "up")
     kinds = [("full", ()), ("named", keep[:3]), ("named", keep), ("none", ())]
     configs = [make_config(compute={"remat": r, "remat_save": names}) for r, names in kinds]
-    sizes = {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+    sizes = {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     kept = [training_memory(config, sizes).kinds["activations"] for config in configs]
     flops = [executed_flops(training_jaxpr(config)) for config in configs]
     assert kept == sorted(set(kept))

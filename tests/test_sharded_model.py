@@ -52,7 +52,13 @@ class Result(NamedTuple):
 def mesh_of(sizes: Sizes) -> jax.sharding.Mesh:
     """data x fsdp x tensor (x context), on as many devices as that takes."""
     data, fsdp, tensor, *context = sizes
-    named = {"data": data, "fsdp": fsdp, "context": math.prod(context), "tensor": tensor}
+    named = {
+        "data": data,
+        "fsdp": fsdp,
+        "expert": 1,
+        "context": math.prod(context),
+        "tensor": tensor,
+    }
     return make_mesh(named, jax.devices()[: math.prod(sizes)])
 
 

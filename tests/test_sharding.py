@@ -31,7 +31,7 @@ def array(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    sizes = {"data": data, "fsdp": fsdp, "context": 1, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "expert": 1, "context": 1, "tensor": tensor}
     return make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
@@ -210,9 +210,9 @@ def test_presets_know_every_axis():
 
 def test_decoding_leaves_weights_and_tokens_whole_and_splits_the_cache():
     assert TRAIN.spec(("embed", "mlp")) == PartitionSpec(("fsdp", "context"), "tensor")
-    assert TRAIN.spec(("batch", "seq")) == PartitionSpec(("data", "fsdp"), "context")
+    assert TRAIN.spec(("batch", "seq")) == PartitionSpec(("data", "fsdp", "expert"), "context")
     assert DECODE.spec(("embed", "mlp")) == PartitionSpec(None, "tensor")
-    assert DECODE.spec(("batch", "seq")) == PartitionSpec(("data", "fsdp"), None)
+    assert DECODE.spec(("batch", "seq")) == PartitionSpec(("data", "fsdp", "expert"), None)
     assert DECODE.spec(("kv_heads", "kv_seq")) == PartitionSpec("tensor", "context")
     whole = TRAIN.replace(embed=None, seq=None, residual_seq=None)
     assert whole.replace(kv_seq="context") == DECODE

@@ -416,7 +416,9 @@ def test_ids_beyond_the_tokenizer_s_are_never_drawn(params: Params, near: Params
 def test_a_mesh_draws_the_same(params: Params, near: Params) -> None:
     requests = [Request(prompt, WARM, ENDS, i) for i, prompt in enumerate(PROMPTS[:5])]
     plain = answer(MODEL, params, requests, draft=Draft(MODEL, near, 3))
-    mesh = make_mesh({"data": 2, "fsdp": 1, "context": 1, "tensor": 2}, jax.devices()[:4])
+    mesh = make_mesh(
+        {"data": 2, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}, jax.devices()[:4]
+    )
     model = Llama(CONFIG, rules=PRESETS["decode"])
     placement = shardings(model.shapes(), model.axes(), mesh, PRESETS["decode"])
     with jax.set_mesh(mesh):

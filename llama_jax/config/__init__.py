@@ -5,6 +5,7 @@ one file (or one flag), checked here once, and only read after that. This module
 `--help` answers at once and a bad configuration is refused before any device is touched.
 """
 
+import math
 from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
@@ -77,6 +78,9 @@ class MeshConfig(Schema):
     """Replicas of the model, each with its share of the batch."""
     fsdp: int = 1
     """Parts of parameters and optimizer state, gathered layer by layer; also splits the batch."""
+    expert: int = 1
+    """Parts of the experts of a mixture, which lie along it; also splits the batch. Other parameters
+    are repeated along it."""
     context: int = 1
     """Parts of a row's tokens, for long sequences: keys and values are gathered layer by layer.
     Splits parameters as fsdp does; with decode rules, the slots of the cache."""
@@ -98,7 +102,8 @@ class MeshConfig(Schema):
     @property
     def sizes(self) -> dict[str, int]:
         """Axis name -> number of devices along it (-1: what is left), outermost first."""
-        return {name: getattr(self, name) for name in ("data", "fsdp", "context", "tensor")}
+        axes = ("data", "fsdp", "expert", "context", "tensor")
+        return {name: getattr(self, name) for name in axes}
 
 
 class DataSource(Schema):
@@ -298,12 +303,12 @@ class TrainConfig(Schema):
         rows, parts = self.data.batch_size, self.accumulate
         if rows % parts:
             raise ValueError(f"data.batch_size ({rows}) must be a multiple of accumulate ({parts})")
-        known = [n for n in (self.mesh.data, self.mesh.fsdp) if n != -1]
-        shards = known[0] * known[1] if len(known) == 2 else known[0]
+        splits = (self.mesh.data, self.mesh.fsdp, self.mesh.expert)
+        shards = math.prod(n for n in splits if n != -1)
         if (rows // parts) % shards:
             raise ValueError(
                 f"data.batch_size / accumulate ({rows // parts}) must be a multiple of "
-                f"mesh.data x mesh.fsdp ({shards}), which split the batch"
+                f"mesh.data x mesh.fsdp x mesh.expert ({shards}), which split the batch"
             )
         if self.data.sequence_length % self.compute.loss_chunks:
             raise ValueError(

@@ -144,7 +144,7 @@ def _closed_wire(
     if not config.decode:
         return training_wire(config, sizes, memory.kinds["parameters"] // MASTER, topology)
     # Two sums over tensor in each layer, of one bf16 vector for each row.
-    rows = config.batch // (sizes["data"] * sizes["fsdp"])
+    rows = config.batch // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     vectors = config.model.n_layers * 2 * 2 * rows * config.model.d_model * 2
     amount = vectors * (sizes["tensor"] - 1) / sizes["tensor"]
     return Wire(amount, 0, amount / topology.chip.links, 0)

@@ -112,7 +112,8 @@ def training_wire(
     passes = 2 if config.compute.remat == "none" else 3
     split = sizes["fsdp"] * sizes["context"]
     gathered = held * split  # what a device computes with
-    rows = config.data.batch_size // config.accumulate // (sizes["data"] * sizes["fsdp"])
+    shares = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    rows = config.data.batch_size // config.accumulate // shares
     tokens = rows * config.data.sequence_length
     summed = tokens // sizes["context"] * config.model.d_model * wide
     keys_and_values = tokens * cache_bytes_per_token(config.model, wide) // sizes["tensor"]

@@ -117,7 +117,7 @@ def check_rows(config: TrainConfig, sizes: Mapping[str, int]) -> None:
     if rows % shares:
         raise ConfigError(
             f"data.batch_size / accumulate ({rows}) must be a multiple of mesh.data x mesh.fsdp "
-            f"({shares} on these devices), which split the batch"
+            f"x mesh.expert ({shares} on these devices), which split the batch"
         )
 
 

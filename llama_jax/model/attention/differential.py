@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.model.attention import plain
 from llama_jax.model.attention.interface import Attended, Attention, Keys, Tokens, Weights
-from llama_jax.model.attention.scores import SCORES, pairs_seen, scoring
+from llama_jax.model.attention.scores import SCORES, area_seen, scoring
 from llama_jax.model.layer_cache import CacheArray, LayerCache, slot_count
 from llama_jax.model.ops.attend import attend
 from llama_jax.model.ops.norm import rms_norm
@@ -125,7 +125,7 @@ class DifferentialAttention(Attention):
     @staticmethod
     def mixing_flops(config: ModelConfig, length: int) -> int:
         """Of every head and pair of tokens d_head products for the score, twice that for values."""
-        return 3 * config.n_heads * config.d_head * pairs_seen(config, length)
+        return 3 * config.n_heads * config.d_head * area_seen(config, length) // 2
 
     @staticmethod
     def reference(

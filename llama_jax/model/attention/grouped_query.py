@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llama_jax.config import ModelConfig
 from llama_jax.model.attention import plain
 from llama_jax.model.attention.interface import Attended, Attention, Keys, Tokens, Weights
-from llama_jax.model.attention.scores import SCORES, pairs_seen, scoring, sinks
+from llama_jax.model.attention.scores import SCORES, area_seen, scoring, sinks
 from llama_jax.model.layer_cache import CacheArray, LayerCache, slot_count
 from llama_jax.model.ops.attend import attend
 from llama_jax.model.ops.norm import rms_norm
@@ -126,7 +126,7 @@ class GroupedQueryAttention(Attention):
     @staticmethod
     def mixing_flops(config: ModelConfig, length: int) -> int:
         """Scores and values, each of d_head products, for every pair and query head."""
-        return 2 * config.n_heads * config.d_head * pairs_seen(config, length)
+        return config.n_heads * config.d_head * area_seen(config, length)
 
     @staticmethod
     def reference(

@@ -25,7 +25,7 @@ from llama_jax.model.attention.interface import (
     Weights,
     read_settings,
 )
-from llama_jax.model.attention.scores import SCORES, pairs_seen, scoring, sinks
+from llama_jax.model.attention.scores import SCORES, area_seen, scoring, sinks
 from llama_jax.model.layer_cache import CacheArray, LayerCache, slot_count
 from llama_jax.model.ops.attend import attend
 from llama_jax.model.ops.norm import rms_norm
@@ -154,7 +154,7 @@ class LatentAttention(Attention):
     def mixing_flops(config: ModelConfig, length: int) -> int:
         """As trained: keys of d_head + rope_width numbers, values of d_head."""
         wide = 2 * config.d_head + settings_of(config).rope_width
-        return config.n_heads * wide * pairs_seen(config, length)
+        return config.n_heads * wide * area_seen(config, length) // 2
 
     @staticmethod
     def reference(

@@ -25,12 +25,12 @@ def sinks(module: nn.Module, config: ModelConfig) -> jax.Array | None:
     return param(module, "sinks", nn.initializers.zeros, (config.n_heads,), ("heads",))
 
 
-def pairs_seen(config: ModelConfig, length: int) -> int:
-    """Half the diagonal counted, the pairs of a query and a key that it sees in a row of `length`:
-    the area of a triangle, less what lies beyond the reach, and what is kept of it."""
+def area_seen(config: ModelConfig, length: int) -> int:
+    """Twice the pairs of a query and a key that it sees in a row of `length`, half the diagonal
+    counted: the area of a triangle, less what lies beyond the reach, and what is kept of it."""
     area, reach = length**2, config.reach
     if reach is None:
-        return area // 2
+        return area
     tokens = np.arange(length)
     if config.window:
         area -= max(0, length - config.window) ** 2
@@ -39,4 +39,4 @@ def pairs_seen(config: ModelConfig, length: int) -> int:
         whole, rest = divmod(length, reach)
         area = whole * reach**2 + rest**2
         beyond = tokens // reach * reach
-    return area // 2 + int(np.clip(beyond, 0, config.keep_first).sum())
+    return area + 2 * int(np.clip(beyond, 0, config.keep_first).sum())

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 
 def activate(kind: str, gate: jax.Array | None, up: jax.Array) -> jax.Array:
-    """A product with a gate (swiglu, geglu), or the square of relu (relu2): in fp32, rounded once to
-    the type of `up`."""
+    """A product with a gate (swiglu, geglu), or the square of relu (relu2): in fp32, and rounded
+    once to the type of `up`."""
     if kind == "relu2":
         return jnp.square(jax.nn.relu(up.astype(jnp.float32))).astype(up.dtype)
     assert gate is not None
