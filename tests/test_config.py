@@ -31,7 +31,6 @@ from llama_jax.config import (
     reading,
     save,
     section,
-    survival,
 )
 from llama_jax.convert import settings as convert_settings
 from llama_jax.convert.settings import ConvertConfig
@@ -39,16 +38,7 @@ from llama_jax.generate import settings as generate_settings
 from llama_jax.generate.settings import GenerateConfig, SamplingConfig
 
 # The schema of a command lies in config.py, or beside the command.
-MODULES = (
-    config,
-    model,
-    section,
-    reading,
-    survival,
-    chat_settings,
-    convert_settings,
-    generate_settings,
-)
+MODULES = (config, model, section, chat_settings, convert_settings, generate_settings)
 REPOSITORY = Path(__file__).parents[1]
 
 MODEL = {
@@ -307,7 +297,9 @@ def test_every_contradiction_that_the_schema_knows_is_among_the_cases():
         with pytest.raises(ValidationError) as caught:
             schema.model_validate(values)
         trace = caught.value.errors()[0]["ctx"]["error"].__traceback__
-        reached.add((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+        while trace is not None:  # where it was called, down to where it was raised
+            reached.add((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+            trace = trace.tb_next
     missed = [
         ast.unparse(node)
         for file, node in raises

@@ -64,7 +64,7 @@ def solve(
         if amount(budget.equal, model, length) != wanted:
             model = _nearest(model, name, budget, wanted, length)
         adjusted[name] = int(_get(model, name))
-    off = {
+    off: dict[str, float] = {
         budget.equal: amount(budget.equal, model, length) / amount(budget.equal, base, length) - 1
         for budget in budgets
     }

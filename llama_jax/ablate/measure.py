@@ -16,7 +16,6 @@ from llama_jax.config import ComputeConfig, ModelConfig, TrainConfig
 from llama_jax.convert.formats import open_source
 from llama_jax.convert.source import load_params
 from llama_jax.data.loader import Loader
-from llama_jax.generate.decode import Decoder, Rows, State
 from llama_jax.model.cache import KVCache
 from llama_jax.model.layout import for_decoding
 from llama_jax.model.llama import Llama
@@ -26,7 +25,6 @@ from llama_jax.tokenizer import load as load_tokenizer
 
 GIB = 2**30
 LARGEST = 2**20  # rows beyond which nobody asks
-ENDS = 1
 DECODED = 32  # tokens of a row that decoding is timed over
 
 
@@ -207,14 +205,13 @@ def capacity(config: ModelConfig, context: int, memory_gib: float) -> Capacity:
 
 def compiled_bytes(config: ModelConfig, rows: int, context: int) -> int:
     """Bytes that a decoding step takes: parameters and cache in bf16, and what it works with."""
-    decoder = Decoder(Llama(config, ComputeConfig(dtype="bfloat16")), config.vocab_size)
-    shapes = decoder.model.shapes()
+    model = Llama(config, ComputeConfig(dtype="bfloat16"))
+    shapes = model.shapes()
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
     cache = jax.eval_shape(lambda: KVCache.init(config, rows, context, jnp.bfloat16))
-    state = State(jax.eval_shape(lambda: Rows.free(rows, context, ENDS)), cache)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    memory = (
-        Decoder.advance.lower(decoder, params, state, number, number).compile().memory_analysis()
-    )
+    token = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    step = jax.jit(model.apply, donate_argnames="cache")
+    memory = step.lower(params, token, token, None, cache).compile().memory_analysis()
+    assert memory is not None
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes

@@ -253,7 +253,7 @@ def matrix(names: Iterator[str] | list[str]) -> Iterator[tuple[str, str, Cell]]:
             yield name, cell, compute(case)
 
 
-def _rising(rows: int, length: int) -> np.ndarray:
+def _rising(rows: int, length: int) -> Any:
     return np.tile(np.arange(length, dtype=np.int32), (rows, 1))
 
 

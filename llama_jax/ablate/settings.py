@@ -24,8 +24,8 @@ class BudgetConfig(Schema):
     """What every variant has as much of as the base, and the field that is adjusted for it."""
 
     equal: Literal["parameters", "training_flops", "cache_bytes"]
-    """All parameters; training FLOPs of a token; cache bytes of a row of the training length, by its
-    tokens."""
+    """All parameters; training FLOPs of a token; cache bytes of a row of the training length, by
+    its tokens."""
     adjust: str = "d_ff"
     """Field of the architecture, attention_settings.NAME among them, that is solved for."""
     step: int = Field(default=1, gt=0)

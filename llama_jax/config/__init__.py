@@ -79,8 +79,8 @@ class MeshConfig(Schema):
     fsdp: int = 1
     """Parts of parameters and optimizer state, gathered layer by layer; also splits the batch."""
     expert: int = 1
-    """Parts of the experts of a mixture, which lie along it; also splits the batch. Other parameters
-    are repeated along it."""
+    """Parts of the experts of a mixture, which lie along it; also splits the batch. Other
+    parameters are repeated along it."""
     context: int = 1
     """Parts of a row's tokens, for long sequences: keys and values are gathered layer by layer.
     Splits parameters as fsdp does; with decode rules, the slots of the cache."""

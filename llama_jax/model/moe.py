@@ -5,7 +5,7 @@ No expert has a capacity: whatever is chosen is computed (Gale et al., arXiv 221
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,6 @@ from llama_jax.model import feed_forward
 from llama_jax.model.feed_forward import FeedForward, is_gated
 from llama_jax.model.ops.activation import activate
 from llama_jax.model.ops.grouped import block_size, grouped_product
-from llama_jax.model.ops.product import product
 from llama_jax.model.param import fan_in_normal, param
 from sharding.rules import Rules
 
@@ -92,8 +91,12 @@ def _on_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     if rules is None or mesh.empty or mesh.size == 1:
         return _mix(config, Axes(), x_BTD, real_BT, weights)
-    batch, seq = (rules.mesh_axes(axis) for axis in TOKENS)
-    axes = Axes(batch + seq, *(rules.mesh_axes(axis) for axis in ("expert", "mlp", "embed")))
+
+    def splitting(*logical: str) -> tuple[str, ...]:
+        named = (axis for name in logical for axis in rules.mesh_axes(name))
+        return tuple(axis for axis in named if mesh.shape[axis] > 1)
+
+    axes = Axes(splitting(*TOKENS), *(splitting(name) for name in ("expert", "mlp", "embed")))
     of_weights = {
         "router": rules.spec((None, "router")),
         "gate": rules.spec(GOES_IN),
@@ -116,7 +119,10 @@ def _mix(
     all tokens."""
     assert config.experts is not None
     x_ND = x_BTD.reshape(-1, config.d_model)
-    logits_NE = product("ND,DE->NE", x_ND.astype(jnp.float32), weights["router"])
+    # Accelerators would round the operands of an fp32 product, and so move choices.
+    logits_NE = jnp.matmul(
+        x_ND.astype(jnp.float32), weights["router"], precision=lax.Precision.HIGHEST
+    )
     chosen_NX, weight_NX, share_NE = route(config.experts, logits_NE)
     aux = _auxiliary(logits_NE, share_NE, chosen_NX, real_BT.reshape(-1), axes.tokens)
 
@@ -184,7 +190,6 @@ def _compute(
     weights: Weights,
 ) -> jax.Array:
     """The weighted sum of those chosen experts that this device holds: (N, D)."""
-    assert config.experts is not None
     N, X = chosen_NX.shape
     here = len(weights["up"])
     expert_M = chosen_NX.reshape(-1)
@@ -198,7 +203,7 @@ def _compute(
 
     def times(x: jax.Array, name: str) -> jax.Array:
         split = GOES_IN if name != "down" else GOES_OUT
-        block = block_size(N * X, config.experts.count)
+        block = block_size(N * X, weights["router"].shape[1])
         return grouped_product(x, weights[name], sizes_E, block, axes.embed, split.index("embed"))
 
     x_MD = _sorted_pairs(x_ND, order_M, place_M)
@@ -254,7 +259,7 @@ def _permuted_backward(inverse_M, gradient_MD):
 _permuted.defvjp(_permuted_forward, _permuted_backward)
 
 
-def reference(config: ModelConfig, weights: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+def reference(config: ModelConfig, weights: dict[str, Any], x: np.ndarray) -> np.ndarray:
     """The definition in numpy: (T, D) -> (T, D).
 
     weights: the parameters by name; those of the shared expert under "shared".

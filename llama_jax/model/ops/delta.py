@@ -4,13 +4,10 @@ Letters: H is the width of a key, V of a value; a row of T tokens is cut into M 
 and J stands for the same tokens as I where a pair of them is meant.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.model.ops.product import product
 
@@ -42,32 +39,34 @@ def gated_delta(
         state_BNHV: S before the first token.
         chunk: tokens that are computed at once. One token alone takes the rule as it is written.
     """
-    state_BNHV = state_BNHV.astype(jnp.float32)
-    log_decay_BTN, beta_BTN = (x.astype(jnp.float32) for x in (log_decay_BTN, beta_BTN))
-    tokens = q_BTNH, k_BTNH, v_BTNV, log_decay_BTN, beta_BTN
-    T = q_BTNH.shape[1]
+    B, T, N, V = v_BTNV.shape
+    state_BNHV, log_decay_BTN, beta_BTN = (
+        x.astype(jnp.float32) for x in (state_BNHV, log_decay_BTN, beta_BTN)
+    )
+    tokens = q_BTNH, k_BTNH, v_BTNV, log_decay_BTN, beta_BTN, starts_BT[..., None]
     if T == 1:
-        y_BNV, state_BNHV = _step(state_BNHV, *(x[:, 0] for x in tokens), starts_BT[:, 0])
+        y_BNV, state_BNHV = _step(state_BNHV, *(x[:, 0] for x in tokens))
         return y_BNV[:, None], state_BNHV
-    cut = partial(_cut, size=min(chunk, T))
-    q_MBNIH, k_MBNIH, v_MBNIV, log_decay_MBNI, beta_MBNI = map(cut, tokens)
-    pairs = _pairs(q_MBNIH, k_MBNIH, log_decay_MBNI, beta_MBNI, cut(starts_BT[..., None]))
-    chunks = q_MBNIH, k_MBNIH, v_MBNIV, pairs
-    # Only the state before each chunk is kept for the backward pass.
+    q, k, v, log_decay, beta, starts = (_cut(x, min(chunk, T)) for x in tokens)
+    chunks = q, k, v, *_pairs(q, k, log_decay, beta, starts)
+    # Kept for the backward pass are the states between chunks, and not what a chunk makes of them.
     state_BNHV, y_MBNIV = lax.scan(jax.checkpoint(_chunk, prevent_cse=False), state_BNHV, chunks)
-    y_BMINV = jnp.moveaxis(y_MBNIV, (0, 2), (1, 3))
-    return y_BMINV.reshape(len(v_BTNV), -1, *v_BTNV.shape[2:])[:, :T], state_BNHV
+    return jnp.moveaxis(y_MBNIV, (0, 2), (1, 3)).reshape(B, -1, N, V)[:, :T], state_BNHV
 
 
-def _step(state_BNHV, q_BNH, k_BNH, v_BNV, log_decay_BN, beta_BN, starts_B):
+def _step(state_BNHV, q_BNH, k_BNH, v_BNV, log_decay_BN, beta_BN, starts_B1):
     """The rule for one token, in fp32."""
-    q_BNH1, k_BNH1 = (x.astype(jnp.float32)[..., None] for x in (q_BNH, k_BNH))
-    decayed = jnp.exp(log_decay_BN)[..., None, None] * state_BNHV
-    decayed = jnp.where(starts_B[:, None, None, None], 0, decayed)
-    # Sums, not products: a TPU would round the factors of an fp32 product to bf16.
-    change_BNV = v_BNV.astype(jnp.float32) - jnp.sum(decayed * k_BNH1, axis=2)
-    state_BNHV = decayed + k_BNH1 * (beta_BN[..., None] * change_BNV)[..., None, :]
-    return jnp.sum(state_BNHV * q_BNH1, axis=2).astype(v_BNV.dtype), state_BNHV
+    q_BNH, k_BNH, v32_BNV = (x.astype(jnp.float32) for x in (q_BNH, k_BNH, v_BNV))
+    decayed_BNHV = jnp.exp(log_decay_BN)[..., None, None] * state_BNHV
+    decayed_BNHV = jnp.where(starts_B1[:, :, None, None], 0, decayed_BNHV)
+    change_BNV = beta_BN[..., None] * (v32_BNV - _read(decayed_BNHV, k_BNH))
+    state_BNHV = decayed_BNHV + k_BNH[..., None] * change_BNV[..., None, :]
+    return _read(state_BNHV, q_BNH).astype(v_BNV.dtype), state_BNHV
+
+
+def _read(state_BNHV: jax.Array, key_BNH: jax.Array) -> jax.Array:
+    """S^T key; (B, N, V)."""
+    return _matmul(key_BNH[..., None, :], state_BNHV)[..., 0, :]
 
 
 def _cut(x: jax.Array, size: int) -> jax.Array:
@@ -77,23 +76,22 @@ def _cut(x: jax.Array, size: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(B, -1, size, *rest), (1, 3), (0, 2))
 
 
-@partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("delta_inverse"))
 def _pairs(q_MBNIH, k_MBNIH, log_decay_MBNI, beta_MBNI, starts_MB1I):
     """What of the chunks does not depend on the state, for all of them at once.
 
-    With the state S before a chunk, values v and keys k, the tokens of the chunk write
-    u = writes (v - from_state k S), where writes = (1 + diag(beta) tril(decay k k^T, -1))^-1
-    diag(beta): equation 10 of the paper without its W, whose place S takes.
+    Its tokens write u = writes (v - from_state k S), where S is the state before the chunk and
+    writes = (1 + diag(beta) tril(decay k k^T, -1))^-1 diag(beta): the paper's chunkwise form with
+    one product fewer, since its W = writes k is not formed.
 
     Returns:
-        writes (I, J) and scores = tril(decay q k^T) (I, J) in the type of q; fp32 decays from the
-        state before the chunk to each token (I) and from each token to the chunk's end (I).
+        writes and scores = tril(decay q k^T), both (I, J) in the type of q, and the fp32 decays
+        from the state before to each token, and from each token to the end of the chunk, (I,).
     """
     size = log_decay_MBNI.shape[-1]
     earlier_IJ = np.tri(size, dtype=bool)
     # A difference of running sums would lose the decays that follow a strong one to rounding.
     until_MBNIJ = jnp.where(earlier_IJ, log_decay_MBNI[..., None, :], 0)
-    between_MBNIJ = _matmul(until_MBNIJ, np.tri(size, k=-1, dtype=np.float32))
+    between_MBNIJ = _matmul(until_MBNIJ, jnp.tri(size, k=-1))
     document_MB1I = jnp.cumsum(starts_MB1I, axis=-1)
     seen = earlier_IJ & (document_MB1I[..., None] == document_MB1I[..., None, :])
     decay_MBNIJ = jnp.exp(jnp.where(seen, between_MBNIJ, -jnp.inf))
@@ -102,20 +100,15 @@ def _pairs(q_MBNIH, k_MBNIH, log_decay_MBNI, beta_MBNI, starts_MB1I):
 
     recall_MBNIJ = product("MBNIH,MBNJH->MBNIJ", k_MBNIH, k_MBNIH, jnp.float32) * decay_MBNIJ
     inverse_MBNIJ = _inverse(beta_MBNI[..., None] * jnp.tril(recall_MBNIJ, -1))
-    writes_MBNIJ = checkpoint_name(inverse_MBNIJ, "delta_inverse") * beta_MBNI[..., None, :]
+    writes_MBNIJ = inverse_MBNIJ * beta_MBNI[..., None, :]
     scores_MBNIJ = product("MBNIH,MBNJH->MBNIJ", q_MBNIH, k_MBNIH, jnp.float32) * decay_MBNIJ
-    dtype = q_MBNIH.dtype
-    return (
-        writes_MBNIJ.astype(dtype),
-        scores_MBNIJ.astype(dtype),
-        from_state_MBNI,
-        decay_MBNIJ[..., -1, :],
-    )
+    writes_MBNIJ, scores_MBNIJ = (x.astype(q_MBNIH.dtype) for x in (writes_MBNIJ, scores_MBNIJ))
+    return writes_MBNIJ, scores_MBNIJ, from_state_MBNI, decay_MBNIJ[..., -1, :]
 
 
 def _chunk(state_BNHV, chunk):
     """The state after a chunk, and the chunk's results (B, N, I, V)."""
-    q_BNIH, k_BNIH, v_BNIV, (writes_BNIJ, scores_BNIJ, from_state_BNI, to_end_BNI) = chunk
+    q_BNIH, k_BNIH, v_BNIV, writes_BNIJ, scores_BNIJ, from_state_BNI, to_end_BNI = chunk
     dtype = v_BNIV.dtype
     from_state, to_end = from_state_BNI[..., None], to_end_BNI[..., None]
     recalled_BNIV = from_state * product("BNIH,BNHV->BNIV", k_BNIH, state_BNHV, jnp.float32)
@@ -135,9 +128,10 @@ def _inverse(a: jax.Array) -> jax.Array:
     From the inverses p, r of the diagonal blocks of [[P, 0], [Q, R]], that of all is
     [[p, 0], [-r Q p, r]]: blocks are joined in pairs until there is one.
     """
-    # The product (1 - a)(1 + a^2)(1 + a^4)... costs as much, but where keys are alike the powers of a
-    # are so large that nothing is left of fp32: errors of 1e11 where this has 4e-7. A solve by rows
-    # is as exact; on CPU it takes as long, on a TPU it is a loop over rows.
+    # The product (1 - a)(1 + a^2)(1 + a^4)... costs as much, but its powers grow, where keys are
+    # alike, until nothing is left of fp32: an error of 1e11 where this one's is 4e-7. Products of
+    # the whole size are mostly of zeros, yet XLA expects blocks cut out of it to take TPUs twice
+    # as long.
     at = np.arange(a.shape[-1])
     inverse, width = jnp.eye(len(at), dtype=a.dtype), 1
     while width < len(at):
