@@ -203,15 +203,18 @@ def bf16(case: Case) -> Cell:
     tokens = case.tokens[:ROWS]
     rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), case.params)
     positions = _rising(*tokens.shape)
-    inevitable = _apply(Llama(case.config), rounded, tokens, positions).value
+    exact, inevitable = (
+        _apply(Llama(case.config), params, tokens, positions).value
+        for params in (case.params, rounded)
+    )
     whole = _apply(model, case.params, tokens, positions).value
     pieces = _in_pieces(case, model, case.params, jnp.bfloat16)
-    expected = case.logits[:ROWS]
 
-    def off(ours: Any) -> float:
+    def off(ours: Any, expected: Any) -> float:
         return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
-    return Cell(max(off(whole), off(pieces)), BF16 * off(inevitable))
+    found = max(off(ours, case.logits[:ROWS]) for ours in (whole, pieces))
+    return Cell(found, BF16 * off(inevitable, exact))
 
 
 def remat(case: Case) -> Cell:
