@@ -17,7 +17,7 @@ NEAR = 3  # steps on either side of the straight line's answer that are tried
 class Solved(NamedTuple):
     """A variant that keeps the budget.
 
-    adjusted: field -> the value it was given.
+    adjusted: field -> the value that it was given, where the variant did not keep the budget.
     off: kind of budget -> how far it is from the base's, in parts of that.
     """
 
@@ -63,7 +63,7 @@ def solve(
         wanted = amount(budget.equal, base, length)
         if amount(budget.equal, model, length) != wanted:
             model = _nearest(model, name, budget, wanted, length)
-        adjusted[name] = int(_get(model, name))
+            adjusted[name] = int(_get(model, name))
     off: dict[str, float] = {
         budget.equal: amount(budget.equal, model, length) / amount(budget.equal, base, length) - 1
         for budget in budgets
