@@ -15,13 +15,13 @@ demo: .venv/.installed
 	$(BIN)/python main.py demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-parity: .venv/.references
 	$(BIN)/python -m pytest -q -n 2 -m parity
 
 test-all: .venv/.llama_cpp
-	$(BIN)/python -m pytest -q -n 2 -m "slow or parity or not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow or parity or not slow"
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

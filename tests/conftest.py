@@ -1,5 +1,6 @@
 """Four CPU devices for the whole suite, and where the real data lies."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -13,6 +14,21 @@ import pytest
 # At most four: more devices than that on two cores starve XLA's collectives, which then abort the
 # process. For the same reason a test that runs steps on a mesh waits for each of them.
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+# Of the 65,530 memory maps that Linux gives a process, every compiled program has some: a worker
+# that kept them all would be aborted by XLA in the middle of the suite.
+MOST_MAPS = 20_000
+TESTS = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Forgets compiled programs where there are many; looks after every twentieth test."""
+    yield
+    maps = Path("/proc/self/maps")
+    if next(TESTS) % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.model.ops.delta import gated_delta, short_convolution
+from sharding.mesh import make_mesh
 
 B, N, H, V, C = 2, 4, 3, 6, 5  # C: channels of the convolution
 
@@ -246,7 +247,7 @@ def test_convolution_in_pieces(cuts):
 
 
 def test_devices_that_share_rows_and_heads_send_nothing():
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("rows", "heads"))
+    mesh = make_mesh({"rows": 2, "heads": 2}, jax.devices()[:4])
     place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
     tokens, state = place("rows", None, "heads"), place("rows", "heads")
     shardings = (*[tokens] * 5, place("rows"), state)

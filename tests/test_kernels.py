@@ -143,7 +143,8 @@ def test_on_a_mesh_every_device_computes_its_part(kernel, mesh_sizes, balanced, 
             visibility = Visibility(positions[:, order], segments[:, order], None, balanced, window)
             y = attend(q, k, v, visibility, "xla", RULES)
         else:
-            y = fused(kernel, q, k, v, segments[:, order], RULES, balanced, window, interpret=True)
+            how = {"balanced": balanced, "window": window, "interpret": True}
+            y = fused(kernel, q, k, v, segments[:, order], RULES, **how)
         return y[:, natural]
 
     places = shardings((q, k, v), (QUERIES, KEYS, KEYS), mesh, RULES)

@@ -305,7 +305,7 @@ def test_a_mesh_must_fit_the_topology():
     topology = parse_topology("v5e:4x4")
     assert resolved(MeshConfig(data=2, fsdp=-1), topology) == {
         **{"data": 2, "fsdp": 8},
-        **{"context": 1, "tensor": 1},
+        **{"expert": 1, "context": 1, "tensor": 1},
     }
     with pytest.raises(ConfigError, match=r"v5e:4x4: .* multiply to 3, .* the 16 devices"):
         resolved(MeshConfig(data=3, fsdp=-1), topology)

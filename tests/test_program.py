@@ -175,6 +175,9 @@ CHANGED = {
     "score_cap": 5.0,
     "qk_norm": True,
     "keys_are_values": True,
+    "keep_first": 1,
+    "attention_settings": {"convolution": 3},
+    "shares_kv": {"pattern": ({}, {"shares_kv": True})},
     "parallel_block": True,
     "feed_forward": "relu2",
     "experts": {"count": 4, "per_token": 2},
@@ -215,10 +218,21 @@ def test_the_fingerprint_of_an_unchanged_configuration_is_unchanged():
     assert fingerprint(config()) == fingerprint_of_scaling("none")
 
 
+# What a field needs to have a meaning.
+NEEDED = {
+    "keep_first": {"window": 2},
+    "attention_settings": {"attention": "gated_delta"},
+    "shares_kv": {"pattern": ({}, {})},
+}
+
+
 @pytest.mark.parametrize("field", ModelConfig.model_fields)
 def test_no_field_of_the_model_is_dead(field):
     assert field in CHANGED, f"give the new field {field} another value in CHANGED"
-    assert fingerprint(config(**{field: CHANGED[field]})) != fingerprint_of_scaling("none")
+    changes = CHANGED[field] if field == "shares_kv" else {field: CHANGED[field]}
+    needed = NEEDED.get(field, {})
+    before = fingerprint(config(**needed)) if needed else fingerprint_of_scaling("none")
+    assert fingerprint(config(**needed | changes)) != before
 
 
 def test_every_norm_reads_its_epsilon_from_the_configuration():

@@ -357,11 +357,13 @@ def test_vectors_of_an_int8_cache_are_within_half_a_step():
 def test_an_int8_cache_gives_back_what_was_written_where_it_was_written(stacked):
     random = np.random.default_rng(0)
     cache = KVCache.init(CONFIG, 4, 6, "int8", stacked)
-    slots = np.array([[2, 3], [0, 6]])  # 6 is beyond the end
+    positions = np.array([[2, 3], [0, 6]])  # 6 is beyond the end
     rows = np.array([3, 1])
     k, v = jnp.float32(random.normal(size=(2, 2, 2, 2, 8)))  # (B, K, T, H)
-    key, value = cache.layer(1, slots, rows).write(k, v).read(jnp.float32)
-    for found, new in ((key, k), (value, v)):
+    layer = cache.layer(1, 0, positions, None, rows)
+    _, read, keys = layer.append({"key": k, "value": v}, 0, jnp.float32)
+    assert keys.tolist() == [list(range(6))]
+    for found, new in ((read["key"], k), (read["value"], v)):
         kept = Int8.of(new).to(jnp.float32)
         np.testing.assert_array_equal(found[0][:, 2:4], kept[0])
         np.testing.assert_array_equal(found[1][:, 0], kept[1][:, 0])

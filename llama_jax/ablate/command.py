@@ -120,9 +120,8 @@ def print_budget(config: AblateConfig, found: dict[str, Variant], console: Conso
     """What every variant has, and what the study takes."""
     table = Table(box=SIMPLE_HEAD, title=escape(config.title), pad_edge=False)
     table.add_column("variant", no_wrap=True)
-    for heading in ("parameters", "active", "d_ff", "MFLOPs/token", "cache B/token", "off"):
+    for heading in ("parameters", "active", "d_ff", "MFLOPs", "cache bytes", "off"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("otherwise")
     flops = 0
     for name, variant in found.items():
         run = training_run(config, variant, config.seeds[0])
@@ -141,9 +140,11 @@ def print_budget(config: AblateConfig, found: dict[str, Variant], console: Conso
             f"{each / 1e6:,.2f}",
             f"{cache_bytes_per_row(variant.model, length) // length:,}",
             f"{off:.2%}",
-            escape(variant.changes),
         )
     console.print(table)
+    console.print("MFLOPs of training and bytes of cache are those of a token")
+    for name, variant in found.items():
+        console.print(f"  {name}: {variant.changes}", markup=False)
     tried = len(config.tuning.rates) * len(found) if config.tuning else 0
     console.print(
         f"{len(found) * len(config.seeds)} runs of {run.steps:,} steps x "

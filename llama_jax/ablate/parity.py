@@ -26,6 +26,7 @@ from sharding.rules import PRESETS, Rules
 
 ROWS, LENGTH = 2, 14
 PIECES = (5, 1, 1, 3, 1, 3)  # prefill, decode, verify, ...
+TWO_SIZES = (5, *(1,) * 9)  # prefill and decode: fewer programs to compile
 LENGTHS, NEW = (5, 2, 8), 2  # of ragged prompts, and tokens that follow
 DOCUMENTS = (4, 1, 6)  # of a packed row
 DEVICES = 4
@@ -138,7 +139,7 @@ def gradient(case: Case) -> Cell:
 
 def decode(case: Case) -> Cell:
     """Prefill, then tokens one by one and several at a time, in a stacked cache used before."""
-    return _decoded(case, Llama(case.config), case.params)
+    return case.off(_in_pieces(case, Llama(case.config), case.params, PIECES))
 
 
 def ragged(case: Case) -> Cell:
@@ -183,13 +184,16 @@ def sharded(case: Case) -> Cell:
     """Four devices, fsdp x tensor: logits and gradients in training, logits in decoding."""
     cells = []
     for name in ("train", "decode"):
-        rules = PRESETS[name]
         mesh = _mesh()
+        rules = PRESETS[name]
+        if any(place.n_kv_heads % mesh.shape["tensor"] for place in case.config.places):
+            # Key heads that tensor cannot share out are whole on all of its devices.
+            rules = rules.replace(kv_heads=None, act_kv_heads=None)
         model = Llama(case.config, rules=rules)
         params = _placed(model, case.params, mesh, rules)
         with jax.set_mesh(mesh):
             if name == "decode":
-                cells.append(_decoded(case, model, params))
+                cells.append(case.off(_in_pieces(case, model, params, TWO_SIZES)))
                 continue
             logits, gradients = _gradients(model, params, case.tokens[:ROWS], case.direction)
             cells.append(case.off(logits))
@@ -208,7 +212,7 @@ def bf16(case: Case) -> Cell:
         for params in (case.params, rounded)
     )
     whole = _apply(model, case.params, tokens, positions).value
-    pieces = _in_pieces(case, model, case.params, jnp.bfloat16)
+    pieces = _in_pieces(case, model, case.params, TWO_SIZES, jnp.bfloat16)
 
     def off(ours: Any, expected: Any) -> float:
         return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
@@ -266,18 +270,16 @@ def _dirty(model: Llama, rows: int, length: int, dtype: Any = jnp.float32, **how
     return jax.tree.map(lambda slab: jnp.full_like(slab, DIRTY), fresh)
 
 
-def _in_pieces(case: Case, model: Llama, params: Params, dtype: Any = jnp.float32) -> np.ndarray:
+def _in_pieces(
+    case: Case, model: Llama, params: Params, pieces: tuple[int, ...], dtype: Any = jnp.float32
+) -> np.ndarray:
     cache, found = _dirty(model, ROWS, LENGTH + 3, dtype), []
-    for start, end in pairwise(np.cumsum((0, *PIECES))):
+    for start, end in pairwise(np.cumsum((0, *pieces))):
         positions = _rising(ROWS, LENGTH)[:, start:end]
         output = _apply(model, params, case.tokens[:ROWS, start:end], positions, None, cache)
         cache = output.cache
         found.append(np.asarray(output.value))
     return np.concatenate(found, axis=1)
-
-
-def _decoded(case: Case, model: Llama, params: Params) -> Cell:
-    return case.off(_in_pieces(case, model, params))
 
 
 def _plain_gradients(case: Case) -> Any:

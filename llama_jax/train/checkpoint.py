@@ -334,7 +334,7 @@ def fixed_values(config: Schema, prefix: str = "") -> dict[str, Any]:
 
 def _flat(value: Any, name: str) -> dict[str, Any]:
     """Nested dicts and lists of dicts as dotted names."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         items: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         items = enumerate(value)
