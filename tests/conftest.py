@@ -18,7 +18,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 
 # Of the 65,530 memory maps that Linux gives a process, every compiled program has some: a worker
 # that kept them all would be aborted by XLA in the middle of the suite.
-MOST_MAPS = 20_000
+MOST_MAPS = 45_000
 TESTS = itertools.count(1)
 
 

@@ -498,6 +498,41 @@ def test_a_resumed_run_must_keep_what_decides_its_parameters_and_its_data():
     }
 
 
+VARIED = MODEL | {
+    "attention": "latent",
+    "attention_settings": {"kv_rank": 4, "deep": {"list": [1, 2.5, None]}},
+    "pattern": [{"window": 4}, {"attention_settings": {"kv_rank": 3}, "rope_theta": 1e5}],
+}
+
+
+def test_mappings_that_others_read_are_values(tmp_path):
+    """Equal, hashable, and the same after a file, whatever the order of their keys."""
+    varied = ModelConfig(**VARIED)
+    settings = dict(reversed(VARIED["attention_settings"].items()))
+    other = ModelConfig(**VARIED | {"attention_settings": settings})
+    assert other == varied
+    assert hash(other) == hash(varied)
+    assert ModelConfig(**VARIED | {"attention_settings": {"kv_rank": 5}}) != varied
+    save(varied, tmp_path / "model.yaml")
+    assert read(ModelConfig, tmp_path / "model.yaml") == varied
+    assert varied.attention_settings.plain() == VARIED["attention_settings"]
+    with pytest.raises(ConfigError, match=r"attention_settings: Input should be a valid dict"):
+        parse(ModelConfig, VARIED | {"attention_settings": 3}, "model.yaml")
+
+
+def test_a_pattern_says_what_each_layer_has_otherwise():
+    varied = ModelConfig(**VARIED | {"n_layers": 5})
+    first, second = varied.places
+    assert (first.window, second.window) == (4, None)
+    assert (first.rope_theta, second.rope_theta) == (1e4, 1e5)
+    assert second.attention_settings.plain() == {"kv_rank": 3}
+    assert [varied.layer(depth) for depth in range(5)] == [first, second, first, second, first]
+    assert first.places == (first,)
+    assert ModelConfig(**MODEL).places == (ModelConfig(**MODEL),)
+    changed = varied.model_copy(update={"d_ff": 5})
+    assert changed.places[0].d_ff == 5
+
+
 def test_groups_and_mesh_sizes():
     assert ModelConfig(**MODEL | {"n_kv_heads": 1}).n_groups == 4
     assert list(MeshConfig(data=2, tensor=4).sizes.items()) == [

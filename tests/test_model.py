@@ -560,6 +560,22 @@ def test_stack_is_the_inverse_of_unstack():
     assert_equal(stack(apart), params)
 
 
+def test_layers_of_a_pattern_are_stacked_by_their_places():
+    """A stack for each place, on whose leading axis the layers of that place lie in order."""
+    pattern = ({"n_kv_heads": 1}, {"attention": "gated"}, {"feed_forward": "relu2"})
+    model = Llama(config(n_layers=5, pattern=pattern))
+    params = parameters(model)
+    assert set(params["layers"]) == {"0", "1", "2"}
+    counts = [len(params["layers"][str(place)]["attention_norm"]) for place in range(3)]
+    assert counts == [2, 2, 1]
+    apart = unstack(params)
+    for depth, layer in enumerate(apart["layers"]):
+        stack_of_place = params["layers"][str(depth % 3)]
+        assert_equal(layer, jax.tree.map(lambda w: w[depth // 3], stack_of_place))  # noqa: B023
+    assert_equal(stack(apart, period=3), params)
+    assert_close(logits_of(apart, TOKENS, model), logits_of(params, TOKENS, model))
+
+
 # --- number types ----------------------------------------------------------------------------
 
 BF16 = Llama(CONFIG, ComputeConfig(dtype="bfloat16"))

@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +63,8 @@ from llama_jax.train.metrics import METRICS, read_metrics
 DONE, FAILED, STOPPED = 0, 1, 75
 STUDY, ACCOUNTS, RESULT, LOG = "study.yaml", "accounts.json", "result.json", "log.txt"
 SHARED = ("jax", "flax", "optax", "numpy")
+ALL = "all"  # devices of a run
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_DEVICES")
 # The command line in a process of its own, wherever the package is.
 CHILD = "import sys; from llama_jax.cli import main; sys.exit(main())"
 
@@ -94,7 +95,7 @@ def ablate(config: AblateConfig) -> int:
     if config.list:
         return print_list(console)
     if config.parity:
-        return print_matrix(console)
+        return print_matrix(console, Path(config.out))
     found = variants(config)
     if config.only is not None:
         return compute(config, found, _job(config, found, config.only))
@@ -264,21 +265,22 @@ def compute_all(config: AblateConfig, jobs: list[Job], console: Console) -> int:
         console=console,
     )
     waiting, code = iter(missing), DONE
-    running: dict[subprocess.Popen[bytes], Job] = {}
+    free = list(config.devices) or [ALL] * config.jobs
+    running: dict[subprocess.Popen[bytes], tuple[Job, str]] = {}
     with bar:
         task = bar.add_task("runs", total=len(jobs), completed=len(jobs) - len(missing))
         try:
             while True:
-                while len(running) < config.jobs and code == DONE:
-                    job = next(waiting, None)
-                    if job is None:
-                        break
-                    running[_start(config, job)] = job
-                    bar.update(task, description=", ".join(j.name for j in running.values()))
+                while free and code == DONE and (job := next(waiting, None)) is not None:
+                    devices = free.pop(0)
+                    running[_start(config, job, devices)] = job, devices
+                    names = ", ".join(job.name for job, _ in running.values())
+                    bar.update(task, description=names)
                 if not running:
                     return code
-                for process, job in _ended(running):
-                    del running[process]
+                for process in _ended(list(running)):
+                    job, devices = running.pop(process)
+                    free.append(devices)
                     if process.returncode == DONE:
                         bar.advance(task)
                         continue
@@ -298,28 +300,25 @@ def _folder(config: AblateConfig, job: Job) -> Path:
     return Path(config.out) / TRIALS / job.variant / f"{job.rate:g}"
 
 
-def _start(config: AblateConfig, job: Job) -> subprocess.Popen[bytes]:
+def _start(config: AblateConfig, job: Job, devices: str) -> subprocess.Popen[bytes]:
     folder = _folder(config, job)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = ["ablate", "--config", str(Path(config.out) / STUDY), "--only", job.name]
+    given = dict.fromkeys(VISIBLE, devices) if devices != ALL else {}
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-c", CHILD, *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **given},
         )
 
 
-def _ended(
-    running: dict[subprocess.Popen[bytes], Job],
-) -> Iterator[tuple[subprocess.Popen[bytes], Job]]:
+def _ended(running: list[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
     """The processes that have ended, once there is one."""
     while True:
-        ended = [(process, job) for process, job in running.items() if process.poll() is not None]
-        if ended:
-            yield from ended
-            return
+        if ended := [process for process in running if process.poll() is not None]:
+            return ended
         time.sleep(0.2)
 
 

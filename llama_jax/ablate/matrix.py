@@ -1,5 +1,7 @@
 """`ablate --parity`: the matrix as a table."""
 
+from pathlib import Path
+
 import jax
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -10,10 +12,15 @@ from llama_jax.ablate.parity import CELLS, DEVICES, Cell, matrix, variants
 from llama_jax.config import ConfigError
 
 PASSED, FAILED = 0, 1
+LEGEND = (
+    "Every variant of `configs/variants.yaml`, in every use, against its definition in numpy and",
+    "float64: the largest difference, in parts of the largest number; for bf16 the root of the sum",
+    "of squares in parts of the same. Written by `python main.py ablate --parity`.",
+)
 
 
-def print_matrix(console: Console) -> int:
-    """Computes every cell; returns 1 where one is too far off."""
+def print_matrix(console: Console, out: Path) -> int:
+    """Computes every cell, prints them and writes parity.md; returns 1 where one is too far off."""
     # As many as a mesh of fsdp x tensor needs, on a machine with one; before any is used.
     jax.config.update("jax_num_cpu_devices", DEVICES)
     if len(jax.devices()) < DEVICES:
@@ -38,7 +45,25 @@ def print_matrix(console: Console) -> int:
     )
     for cell in failed:
         console.print(f"[red]too far off: {cell}[/]")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "parity.md").write_text(markdown(found), encoding="utf-8")
     return FAILED if failed else PASSED
+
+
+def markdown(found: dict[str, dict[str, Cell]]) -> str:
+    """The matrix as a document; a cell that is too far off says what it may be."""
+
+    def text(cell: Cell) -> str:
+        short = f"{cell.difference:.1e}"
+        return short if cell.passes else f"**{short}**, allowed {cell.tolerance:.1e}"
+
+    meanings = [f"* **{name}**: {(cell.__doc__ or '').strip()}" for name, cell in CELLS.items()]
+    rows = [
+        f"| {name} | " + " | ".join(text(row[cell]) for cell in CELLS) + " |"
+        for name, row in found.items()
+    ]
+    head = [f"| variant | {' | '.join(CELLS)} |", f"| :-- {'| --: ' * len(CELLS)}|"]
+    return "\n".join(["# Parity matrix", "", *LEGEND, "", *meanings, "", *head, *rows, ""])
 
 
 def _table(found: dict[str, dict[str, Cell]]) -> Table:

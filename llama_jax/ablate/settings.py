@@ -131,6 +131,9 @@ class AblateConfig(Schema):
     """Generated tasks besides."""
     jobs: int = Field(default=1, ge=1)
     """Runs at a time, each a process; speed is measured when they are over."""
+    devices: tuple[str, ...] = ()
+    """Accelerators of each of the runs at a time, by number: 0 1 2 3 are four runs with one each,
+    0,1 2,3 two with two. Empty: every run has all that there are."""
     only: str | None = None
     """Compute one run, VARIANT/SEED, and nothing else: to share a study among machines."""
     plan: bool = False
@@ -148,6 +151,8 @@ class AblateConfig(Schema):
             raise ValueError(
                 "a study needs run and variants: name one of configs/ablations with --config"
             )
+        if self.devices and self.jobs not in (1, len(self.devices)):
+            raise ValueError(f"jobs ({self.jobs}) is as many as devices ({len(self.devices)})")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed stands twice")
         if self.tuning and self.tuning.seed in self.seeds:
