@@ -22,6 +22,7 @@ from llama_jax.model.count import n_parameters
 # The study that is run lies with one process.
 pytestmark = pytest.mark.xdist_group("ablate")
 
+MODEL = MODEL | {"n_layers": 2}
 RUN = {
     "evaluate_batches": 100,
     "model": MODEL | {"vocab_size": 300},
@@ -93,7 +94,6 @@ def test_the_width_of_the_paper_is_solved_in_closed_form(kv_heads, paper):
     assert 1.2 < found.model.d_ff / base.d_ff < paper
 
 
-MODEL = MODEL | {"n_layers": 2}
 TINY = parse(ModelConfig, MODEL, "")
 
 
