@@ -6,6 +6,7 @@ from llama_jax.ablate.records import Account, Capacity, Curve, SeedResult, Speed
 
 LENGTH = 256
 BATCHES = 6
+CHANCES = {"copy": {"8": 0.125, "16": 0.0625}}
 
 
 def result(variant, seed, loss, **changes):
@@ -33,6 +34,7 @@ def result(variant, seed, loss, **changes):
             Stretch(first, first + 127, loss + 1 / (1 + first)) for first in (0, 128, 256)
         ),
         "probes": {"copy": {"8": 0.9, "16": 0.4 + 0.001 * seed}},
+        "probe_places": {"copy": {"8": {"4": 0.95, "8": 0.85}}},
         "train_seconds": 61.5,
         "tokens_per_second": 15_000.25 + seed,
     }
@@ -76,6 +78,7 @@ def study(losses, **changes):
         "versions": {"jax": "0.10.2"},
         "command": "llama-jax ablate kv.yaml",
         "accounts": tuple(account(variant) for variant in variants),
+        "chances": CHANCES,
         "results": tuple(
             result(variant, seed, loss)
             for variant, runs in losses.items()

@@ -1,6 +1,7 @@
 """Studies: the budget, the runs, what is measured, and how a study that was stopped goes on."""
 
 import math
+import shutil
 
 import pytest
 from corpora import sentences
@@ -13,6 +14,7 @@ from llama_jax.ablate.command import Job, ablate, best_rate, compute_all, probes
 from llama_jax.ablate.grid import training_run, trial_run, variants
 from llama_jax.ablate.matrix import markdown
 from llama_jax.ablate.parity import CELLS, Cell
+from llama_jax.ablate.probes import chance
 from llama_jax.ablate.probing import probe
 from llama_jax.ablate.records import Account, Curve, SeedResult
 from llama_jax.ablate.settings import AblateConfig, BudgetConfig, CostConfig, ProbesConfig
@@ -261,12 +263,16 @@ def test_a_study_trains_every_variant_and_reports(done):
         assert len(one.batch_losses) > 2
         assert 0 < one.loss < math.log(300) + 1
         assert 0 <= one.probes["induction"]["2"] <= 1
-        assert one.tokens_per_second > 0
+        assert one.train_seconds > 0
+        of_place = one.probe_places["induction"]["2"]
+        assert min(of_place.values()) <= one.probes["induction"]["2"] <= max(of_place.values())
         assert [s.first for s in one.loss_by_position] == [0, 16, 32, 64]
     out = command.Path(done.out)
     text = (out / "report.md").read_text()
     assert "one_key_head" in text
     assert "one seed, which shows no spread" in text
+    guess = chance("induction", 16, 32, 2)
+    assert f"| induction | 2 | {guess:.1%} |" in text
     accounts = records.read(out / command.ACCOUNTS, tuple[Account, ...])
     assert [account.variant for account in accounts] == ["base", "one_key_head"]
     assert accounts[1].cache_bytes_per_token < accounts[0].cache_bytes_per_token
@@ -324,6 +330,21 @@ def test_a_run_by_itself_is_the_run_of_the_study(done):
         ablate(wrong)
 
 
+def test_a_study_that_was_stopped_reports_what_there_is(done, tmp_path, monkeypatch):
+    """Its runs are those of the finished one, but for one that was never done."""
+    part = tmp_path / "study"
+    shutil.copytree(done.out, part)
+    for name in (command.ACCOUNTS, "report.md", "report.html"):
+        (part / name).unlink()
+    (part / command.RUNS / "one_key_head" / "0" / command.RESULT).unlink()
+    monkeypatch.setattr(command, "CHILD", "import sys; sys.exit(75)")
+    stopped = parse(AblateConfig, done.model_dump(mode="json") | {"out": str(part)}, "")
+    assert ablate(stopped) == 75
+    text = (part / "report.md").read_text()
+    assert "This study is not finished: 1 of 2 runs are done" in text
+    assert not (part / command.ACCOUNTS).exists()
+
+
 def test_a_run_that_fails_names_its_log(done, monkeypatch, capsys):
     monkeypatch.setattr(command, "CHILD", "import sys; print('no luck'); sys.exit(3)")
     missing = [Job("base", 9)]
@@ -365,7 +386,7 @@ def test_the_best_rate_is_that_of_the_lowest_loss(tmp_path):
         folder = tmp_path / command.TRIALS / "base" / f"{rate:g}"
         folder.mkdir(parents=True)
         curve = Curve((), (), ())
-        result = SeedResult("base", 1000, rate, loss, (), curve, (), {}, 1.0, 1.0)
+        result = SeedResult("base", 1000, rate, loss, (), curve, (), 1.0, 1.0, {})
         records.write(folder / command.RESULT, result)
     assert best_rate(config, "base") == 0.2
     assert best_rate(study(tmp_path), "base") is None
@@ -398,8 +419,8 @@ def test_a_probe_can_be_learnt_and_attention_is_needed_for_it():
         **{"steps": 300, "rows": 32, "length": 16, "vocab_size": 16, "peak_lr": 0.01},
         test_batches=4,
     )
-    learnt = probe(config, "induction", 4, 0, asked)
-    blind = probe(config.model_copy(update={"window": 1}), "induction", 4, 0, asked)
+    learnt, _ = probe(config, "induction", 4, 0, asked)
+    blind, _ = probe(config.model_copy(update={"window": 1}), "induction", 4, 0, asked)
     assert learnt > 2 * blind
 
 

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
-from studies import LENGTH, account, result, study
+from studies import CHANCES, LENGTH, account, result, study
 
 from llama_jax.ablate.document import Bullets, Code, Heading, Paragraph, Table, to_html, to_markdown
 from llama_jax.ablate.plots import draw, training_band, validation_band
@@ -298,7 +298,8 @@ def test_losses_by_position_and_probes_are_those_of_the_file(written):
     assert [row[:2] for row in probes] == [["copy", "8"], ["copy", "16"]]
     for row in probes:
         column = f"accuracy: {row[0]}, {row[1]}"
-        assert all(same(text, mean(v, column)) for v, text in zip(LOSSES, row[2:], strict=True))
+        assert same(row[2], CHANCES[row[0]][row[1]])
+        assert all(same(text, mean(v, column)) for v, text in zip(LOSSES, row[3:], strict=True))
 
 
 def test_learning_rates_are_listed(written):

@@ -6,7 +6,7 @@ several machines may share one, and the report is made of whatever is there.
 """
 
 import os
-import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -35,7 +35,7 @@ from llama_jax.ablate.grid import (
 )
 from llama_jax.ablate.listing import print_list
 from llama_jax.ablate.matrix import print_matrix
-from llama_jax.ablate.probes import PROBES
+from llama_jax.ablate.probes import PROBES, chance
 from llama_jax.ablate.probing import probe
 from llama_jax.ablate.records import Account, Curve, SeedResult, Study
 from llama_jax.ablate.report import write_report
@@ -108,13 +108,14 @@ def ablate(config: AblateConfig) -> int:
     schema.save(config, out / STUDY)
     if code := prepare_corpus(config, console):
         return code
-    for jobs in (trials(config, found), runs(config, found)):
-        if code := compute_all(config, jobs, console):
-            return code
-    count(config, found, console)
+    code = compute_all(config, trials(config, found), console)
+    if code == DONE:
+        code = compute_all(config, runs(config, found), console)
+    if code == DONE:
+        count(config, found, console)
     write_report(study(config, found), out)
     console.print(f"report      {out / 'report.md'}, report.html")
-    return DONE
+    return code
 
 
 def print_budget(config: AblateConfig, found: dict[str, Variant], console: Console) -> None:
@@ -329,13 +330,16 @@ def compute(config: AblateConfig, found: dict[str, Variant], job: Job) -> int:
         return code
     base = training_run(config, found[config.base_name], config.seeds[0])
     losses = measure.losses(run, base.data.sequence_length, config.evaluation)
-    accuracies: dict[str, dict[str, float]] = {}
+    probes: dict[str, dict[str, float]] = {}
+    places: dict[str, dict[str, dict[str, float]]] = {}
     if config.probes and job.rate is None:
         for name, difficulty in probes_asked(config):
-            accuracy = probe(variant.model, name, difficulty, job.seed, config.probes)
-            accuracies.setdefault(name, {})[str(difficulty)] = accuracy
+            overall, of_place = probe(variant.model, name, difficulty, job.seed, config.probes)
+            probes.setdefault(name, {})[str(difficulty)] = overall
+            of_text = {str(place): accuracy for place, accuracy in of_place.items()}
+            places.setdefault(name, {})[str(difficulty)] = of_text
     lines = read_metrics(Path(run.out) / METRICS)
-    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    trained = [line for line in lines if "tokens_per_second" in line]
     result = SeedResult(
         variant=job.variant,
         seed=job.seed,
@@ -344,9 +348,10 @@ def compute(config: AblateConfig, found: dict[str, Variant], job: Job) -> int:
         batch_losses=losses.batches,
         curve=curve(lines, run.data.batch_size * run.data.sequence_length),
         loss_by_position=losses.by_position,
-        probes=accuracies,
-        train_seconds=sum(line.get("seconds", 0.0) for line in lines),
-        tokens_per_second=sorted(speeds)[len(speeds) // 2] if speeds else 0.0,
+        train_seconds=trained[-1]["seconds/step"],
+        tokens_per_second=statistics.median(line["tokens_per_second"] for line in trained),
+        probes=probes,
+        probe_places=places,
     )
     records.write(_folder(config, job) / RESULT, result)
     return DONE
@@ -369,6 +374,16 @@ def probes_asked(config: AblateConfig) -> list[tuple[str, int]]:
                 raise ConfigError(f"probes.difficulties.{name}: {difficulty!r} is no whole number")
             asked.append((name, difficulty))
     return asked
+
+
+def chances(config: AblateConfig) -> dict[str, dict[str, float]]:
+    """The accuracy of guessing, {probe: {difficulty: accuracy}}."""
+    found: dict[str, dict[str, float]] = {}
+    for name, difficulty in probes_asked(config):
+        assert config.probes
+        guess = chance(name, config.probes.length, config.probes.vocab_size, difficulty)
+        found.setdefault(name, {})[str(difficulty)] = guess
+    return found
 
 
 def curve(lines: list[dict[str, float]], tokens: int) -> Curve:
@@ -449,8 +464,9 @@ def study(config: AblateConfig, found: dict[str, Variant]) -> Study:
         sequence_length=run.data.sequence_length,
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         versions={name: version(name) for name in SHARED},
-        command=f"python main.py ablate --config {shlex.quote(out.name)}",
+        command=f"python main.py ablate --config {STUDY}",
         accounts=records.read(accounts, tuple[Account, ...]) if accounts.exists() else (),
         results=tuple(records.read(path, SeedResult) for path in done if path.exists()),
+        chances=chances(config),
         learning_rates={name: tried(config, name) for name in found} if config.tuning else {},
     )

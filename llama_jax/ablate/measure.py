@@ -21,9 +21,9 @@ from llama_jax.model.layout import for_decoding
 from llama_jax.model.llama import Llama
 from llama_jax.model.ops.cross_entropy import token_losses
 from llama_jax.model.stack import Params
+from llama_jax.plan.hardware import GIB
 from llama_jax.tokenizer import load as load_tokenizer
 
-GIB = 2**30
 LARGEST = 2**20  # rows beyond which nobody asks
 DECODED = 32  # tokens of a row that decoding is timed over
 

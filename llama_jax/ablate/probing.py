@@ -16,8 +16,10 @@ from llama_jax.train.optimizer import adamw
 from llama_jax.train.step import Batch, init_state, lm_loss, make_step
 
 
-def probe(model: ModelConfig, name: str, difficulty: int, seed: int, asked: ProbesConfig) -> float:
-    """Accuracy on rows that were not trained on, 0 to 1.
+def probe(
+    model: ModelConfig, name: str, difficulty: int, seed: int, asked: ProbesConfig
+) -> tuple[float, dict[int, float]]:
+    """Accuracy on rows that were not trained on, 0 to 1: of all answers, and of each place's.
 
     Args:
         model: the variant; its vocabulary becomes that of the probe.
@@ -46,7 +48,7 @@ def probe(model: ModelConfig, name: str, difficulty: int, seed: int, asked: Prob
         right.append(np.asarray(_right(llama, params, _as_batch(test))))
         seen.append(test)
     whole = Rows(*(np.concatenate(parts) for parts in zip(*seen, strict=True)))
-    return accuracy(np.concatenate(right), whole)[0]
+    return accuracy(np.concatenate(right), whole)
 
 
 def _trained(llama: Llama, rows: Any, seed: int, asked: ProbesConfig) -> Params:

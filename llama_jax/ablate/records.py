@@ -61,8 +61,10 @@ class SeedResult:
     loss: over all validation batches, after the last step.
     batch_losses: of each validation batch, the same batches in the same order in every run.
     loss_by_position: may reach beyond the length that was trained on.
+    train_seconds: of training steps; start, compilation and evaluation left out.
+    tokens_per_second: of training, the median along the run.
     probes: {probe: {difficulty: accuracy, 0..1}}.
-    tokens_per_second: of training, the compilation left out.
+    probe_places: {probe: {difficulty: {place: accuracy}}}, as `PROBES` names the places of answers.
     """
 
     variant: str
@@ -72,9 +74,10 @@ class SeedResult:
     batch_losses: tuple[Loss, ...]
     curve: Curve
     loss_by_position: tuple[Stretch, ...]
-    probes: dict[str, dict[str, float]]
     train_seconds: float
     tokens_per_second: float
+    probes: dict[str, dict[str, float]]
+    probe_places: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @property
     def diverged(self) -> bool:
@@ -145,6 +148,8 @@ class Study:
     budget_tolerance: largest relative difference to the base's budget that counts as equal.
     variants, seeds: planned, the base among them.
     tokens: of training in each run; sequence_length: of its rows.
+    command: that goes on with it, beside the report.
+    chances: the accuracy of guessing, {probe: {difficulty: accuracy}}.
     learning_rates: tried before, {variant: {learning rate: loss}}.
     """
 
@@ -164,6 +169,7 @@ class Study:
     command: str
     accounts: tuple[Account, ...] = ()
     results: tuple[SeedResult, ...] = ()
+    chances: dict[str, dict[str, float]] = field(default_factory=dict)
     learning_rates: dict[str, dict[float, Loss]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -167,6 +167,7 @@ def _how(study: Study) -> list[Block]:
                 f"Versions: {versions}",
             ]
         ),
+        Paragraph("Its settings are in study.yaml, beside this report:"),
         Code(study.command),
     ]
     return [*facts, *_tables(rate_table(study))]

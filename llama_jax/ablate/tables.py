@@ -17,8 +17,8 @@ from llama_jax.ablate.statistics import (
     losses,
 )
 from llama_jax.ablate.verdicts import Verdict, budget_gaps
+from llama_jax.plan.hardware import GIB
 
-GIB = 2**30
 NOTHING = "-"
 BUDGETS = {
     "parameters": "parameters",
@@ -55,6 +55,12 @@ def result_rows(study: Study) -> list[Row]:
                 f"accuracy: {probe}, {difficulty}": accuracy
                 for probe, accuracies in run.probes.items()
                 for difficulty, accuracy in accuracies.items()
+            },
+            **{
+                f"accuracy: {probe}, {difficulty}, {place}": accuracy
+                for probe, difficulties in run.probe_places.items()
+                for difficulty, accuracies in difficulties.items()
+                for place, accuracy in accuracies.items()
             },
         }
         for variant in study.variants
@@ -270,11 +276,15 @@ def probe_table(study: Study) -> Table | None:
         return None
     shown = [variant for variant in study.variants if found[variant]]
     rows = [
-        [*place, *(_number(_mean(found[variant].get(place, [])), ".1%") for variant in shown)]
+        [
+            *place,
+            _number(study.chances.get(place[0], {}).get(place[1]), ".1%"),
+            *(_number(_mean(found[variant].get(place, [])), ".1%") for variant in shown),
+        ]
         for place in sorted(places, key=lambda place: [one[0] for one in places].index(place[0]))
     ]
-    caption = "Accuracy, mean over the seeds."
-    return Table(["probe", "difficulty", *shown], rows, caption, text_columns=2)
+    caption = "Accuracy, mean over the seeds; chance is that of guessing among the row's tokens."
+    return Table(["probe", "difficulty", "chance", *shown], rows, caption, text_columns=2)
 
 
 def rate_table(study: Study) -> Table | None:
