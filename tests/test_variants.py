@@ -5,9 +5,7 @@ A new attention needs a line in ATTENTION and one in configs/variants.yaml, and 
 no variant yet.
 """
 
-import ast
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +15,14 @@ from llama_jax.ablate import parity, reference
 from llama_jax.ablate.parity import CELLS, Case, Cell
 from llama_jax.config import ConfigError, ModelConfig, parse
 from llama_jax.model import count
-from llama_jax.model.attention import ATTENTION, OPTIONAL, interface
+from llama_jax.model.attention import ATTENTION, OPTIONAL
+from llama_jax.model.attention.grouped_query import GroupedQueryAttention
 from llama_jax.model.attention.interface import Attention
 from llama_jax.model.cache import KVCache, cache_bytes
 from llama_jax.model.llama import Llama
 
 VARIANTS = parity.variants()
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-PARTS = ("__call__", "rotary_width", "cache", "mixing_flops", "reference")
 
 
 @functools.cache
@@ -37,23 +35,23 @@ def case(name: str) -> Case:
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_an_attention_is_whole(name):
-    """Every part that the interface leaves open is there, and is the variant's own or its
-    parent's."""
     attention = ATTENTION[name]
     assert issubclass(attention, Attention)
-    for part in PARTS:
-        assert getattr(attention, part) is not getattr(Attention, part), f"{name} lacks {part}"
+    assert not attention.__abstractmethods__
     assert attention.__doc__
     assert attention.settings <= set(OPTIONAL)
     for field in attention.Settings.model_fields.values():
         assert field.description
 
 
-def test_every_part_that_the_interface_leaves_open_is_asked_for():
-    tree = ast.parse(Path(interface.__file__).read_text(encoding="utf-8"))
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    left_open = {f.name for f in functions if isinstance(f.body[-1], ast.Raise)}
-    assert left_open == set(PARTS)
+def test_an_attention_that_lacks_a_part_cannot_be_made():
+    class Half(GroupedQueryAttention):
+        """No way to count."""
+
+        mixing_flops = Attention.mixing_flops
+
+    with pytest.raises(TypeError, match=r"abstract.*mixing_flops"):
+        Half(VARIANTS["grouped_query"], None)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -69,7 +67,7 @@ def test_every_optional_field_is_in_the_matrix():
         for config in VARIANTS.values()
         for place in config.places
         for field in OPTIONAL
-        if getattr(place, field) != ModelConfig.model_fields[field].default
+        if place.differs(field)
     }
     assert used == set(OPTIONAL) - {"rope_scaling"}  # which tests/test_rope.py compares
 
@@ -213,6 +211,17 @@ def test_parameters_that_count_are_those_of_the_tree(name):
     assert counted.total == sum(leaf.size for leaf in jax.tree.leaves(Llama(config).shapes()))
     assert counted.active == counted.total or any(place.experts for place in config.places)
     assert counted.products < counted.active
+
+
+def test_each_mixture_of_a_pattern_counts_its_own_experts():
+    """In closed form: of 4 experts one computes a token, of 2 both; all else is passed."""
+    few, many = ({"count": n, "per_token": k} for n, k in ((4, 1), (2, 2)))
+    config = changed(
+        VARIANTS["grouped_query"], n_layers=2, pattern=[{"experts": few}, {"experts": many}]
+    )
+    expert = 3 * config.d_model * config.d_ff
+    counted = count.parameters(config)
+    assert counted.total - counted.active == 3 * expert
 
 
 def test_a_window_bounds_the_cache_and_a_state_does_not_grow():

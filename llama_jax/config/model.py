@@ -183,7 +183,7 @@ class ModelConfig(Schema):
             raise ValueError("keep_first has a meaning only with a window or a chunk")
         if self.position != "rope":
             for name in ("rotary_fraction", "rope_scaling"):
-                if getattr(self, name) != type(self).model_fields[name].default:
+                if self.differs(name):
                     raise ValueError(f"{name} has no meaning with position: {self.position}")
         if self.shares_kv and self.keys_are_values:
             raise ValueError("a layer that shares_kv makes no keys; remove keys_are_values")
@@ -218,6 +218,10 @@ class ModelConfig(Schema):
     def layer(self, depth: int) -> "ModelConfig":
         """The layer of this number, from 0, as a model whose layers are all like it."""
         return self.places[depth % len(self.places)]
+
+    def differs(self, field: str) -> bool:
+        """Whether a field that has a default, which is LLaMA, is something else."""
+        return getattr(self, field) != type(self).model_fields[field].default
 
     @property
     def n_groups(self) -> int:

@@ -157,11 +157,7 @@ LLAMA = ("rope_scaling", *(field.ours for field in FIELDS))
 
 def variants(config: ModelConfig) -> list[str]:
     """Fields in which a model differs from what LLaMA is, besides its sizes."""
-    return [
-        name
-        for name in ModelConfig.model_fields
-        if name not in LLAMA and getattr(config, name) != ModelConfig.model_fields[name].default
-    ]
+    return [name for name in ModelConfig.model_fields if name not in LLAMA and config.differs(name)]
 
 
 def tensors(config: ModelConfig) -> tuple[Tensor, ...]:

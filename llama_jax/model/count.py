@@ -6,7 +6,7 @@ variant of attention tells of itself.
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.model.attention import ATTENTION
 from llama_jax.model.cache import cache_bytes
 from llama_jax.model.llama import Llama
+from llama_jax.model.stack import by_place
 
 
 class Parameters(NamedTuple):
@@ -36,28 +37,28 @@ class Parameters(NamedTuple):
 def parameters(config: ModelConfig) -> Parameters:
     """Parameters of the language model, by use."""
     model = Llama(config)
-    shapes, axes = model.shapes(), model.axes()
+    stacks = (by_place(tree["layers"]) for tree in (model.shapes(), model.axes()))
     vocabulary = config.vocab_size * config.d_model
     embeddings = vocabulary * (1 if config.tie_embeddings else 2)
-    layers: Any
-    leaves, layers = jax.tree.flatten(shapes["layers"])
     total = active = products = 0
-    for leaf, names in zip(leaves, layers.flatten_up_to(axes["layers"]), strict=True):
-        size = math.prod(leaf.shape)
-        used = _used(size, names, config)
-        total, active = total + size, active + used
-        # Of a matrix there are two axes or more besides the layers'.
-        products += used if len(names) > 2 else 0
+    for place, shapes, axes in zip(config.places, *stacks, strict=True):
+        all_names = jax.tree.leaves(axes, is_leaf=lambda names: isinstance(names, tuple))
+        for leaf, names in zip(jax.tree.leaves(shapes), all_names, strict=True):
+            size = math.prod(leaf.shape)
+            used = _used(size, names, place)
+            total, active = total + size, active + used
+            # Of a matrix there are two axes or more besides the layers'.
+            products += used if len(names) > 2 else 0
     outside = embeddings + config.d_model  # the final norm
     return Parameters(total + outside, embeddings, active + outside, products + vocabulary)
 
 
-def _used(size: int, names: tuple[str, ...], config: ModelConfig) -> int:
+def _used(size: int, names: tuple[str, ...], place: ModelConfig) -> int:
     """How many of an array's numbers a token passes."""
     if "expert" not in names:
         return size
-    experts = next(place.experts for place in config.places if place.experts)
-    return size * experts.per_token // experts.count
+    assert place.experts
+    return size * place.experts.per_token // place.experts.count
 
 
 def n_parameters(config: ModelConfig) -> int:

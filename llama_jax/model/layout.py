@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.model.ops.weight import OutputMajor, Words
-from llama_jax.model.stack import Params, by_place
+from llama_jax.model.stack import Params, by_place, in_turn
 
 # Output axes of every matrix. `embed` has its output, the vocabulary, first, since its rows are
 # looked up; all others have their outputs last.
@@ -107,15 +107,12 @@ def for_decoding(params: Params, rows: int, consume: bool = False) -> Params:
         return tuple(convert(name, _layer(stacked, i)) for i in layers)
 
     outside = {name: leaf for name, leaf in params.items() if name != "layers"}
-    stacks = [
-        _map_matrices(convert_layers, stack, consume, other=_layers)
-        for stack in by_place(params["layers"])
-    ]
-    counts = [len(stack["attention_norm"]) for stack in stacks]
-    layers = tuple(
-        _pick(stacks[depth % len(stacks)], depth // len(stacks)) for depth in range(sum(counts))
-    )
-    return {**_map_matrices(convert, outside, consume), "layers": layers}
+    places = []
+    for stack in by_place(params["layers"]):
+        columns = _map_matrices(convert_layers, stack, consume, other=_layers)
+        count = len(columns["attention_norm"])
+        places.append(tuple(_pick(columns, turn) for turn in range(count)))
+    return {**_map_matrices(convert, outside, consume), "layers": in_turn(tuple(places))}
 
 
 def _map_matrices(

@@ -288,20 +288,15 @@ def _rematerialise(block: Any, compute: ComputeConfig, inside_scan: bool) -> Any
 
 
 def _added(sums: Scalars, more: Scalars) -> Scalars:
-    return {name: sums.get(name, 0.0) + value for name, value in more.items()} | {
-        name: value for name, value in sums.items() if name not in more
-    }
+    return sums | {name: sums.get(name, 0.0) + value for name, value in more.items()}
 
 
 def _init_layer(place: ModelConfig, key: jax.Array) -> Any:
     """New parameters of one layer, in their boxes."""
-    # A row of one token, which no mesh could split; of a layer that shares keys, one head of them.
-    positions = jnp.zeros((1, 1), jnp.int32)
-    visibility = Visibility(positions)
-    width = ATTENTION[place.attention].rotary_width(place)
-    rotation = rotations(place, positions, None, None, width) if width else None
-    tokens = Tokens(visibility, rotation, 0, None, None)
-    key_or_value = jnp.zeros((1, place.n_kv_heads, 1, place.d_head))
-    shared = Keys(key_or_value, key_or_value, None) if place.shares_kv else None
+    # A row of one token, and no rules: no mesh could split it.
+    visibility = Visibility(jnp.zeros((1, 1), jnp.int32))
+    (tokens,) = Llama(place)._tokens(visibility, None, None, None)
+    keys = jnp.zeros((1, place.n_kv_heads, 1, place.d_head))
+    shared = Keys(keys, keys, None) if place.shares_kv else None
     x = jnp.zeros((1, 1, place.d_model))
     return Layer(place, None).init(key, x, tokens, None, shared)["params"]

@@ -32,9 +32,13 @@ def unstack(params: Params) -> Params:
 
 def split_layers(layers: Any) -> tuple[Any, ...]:
     """Stacked layers as L trees, in the order of the model."""
-    apart = [_split(stack) for stack in by_place(layers)]
-    count = sum(map(len, apart))
-    return tuple(apart[depth % len(apart)][depth // len(apart)] for depth in range(count))
+    return in_turn(tuple(_split(stack) for stack in by_place(layers)))
+
+
+def in_turn(places: tuple[tuple[Any, ...], ...]) -> tuple[Any, ...]:
+    """The layers of every place of the pattern, in the order of the model."""
+    count, period = sum(map(len, places)), len(places)
+    return tuple(places[depth % period][depth // period] for depth in range(count))
 
 
 def stack(params: Params, period: int = 1) -> Params:

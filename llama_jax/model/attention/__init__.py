@@ -10,6 +10,7 @@ from llama_jax.model.attention.gated_delta import GatedDelta
 from llama_jax.model.attention.grouped_query import GroupedQueryAttention
 from llama_jax.model.attention.interface import Attention, read_settings
 from llama_jax.model.attention.latent import LatentAttention
+from llama_jax.model.attention.scores import SCORES
 
 ATTENTION: dict[str, type[Attention]] = {
     "grouped_query": GroupedQueryAttention,
@@ -19,7 +20,7 @@ ATTENTION: dict[str, type[Attention]] = {
     "gated_delta": GatedDelta,
 }
 
-# Fields of ModelConfig that a variant reads only if it says so, and their value in LLaMA.
+# Fields of ModelConfig that a variant reads only if it says so.
 OPTIONAL = (
     *("position", "rotary_fraction", "rope_scaling", "window", "chunk", "keep_first", "sinks"),
     *("score_cap", "qk_norm", "keys_are_values", "shares_kv"),
@@ -40,8 +41,7 @@ def check(config: ModelConfig) -> None:
         read_settings(place, variant.Settings)
         variant.check(place)
         for field in OPTIONAL:
-            default = ModelConfig.model_fields[field].default
-            if field not in variant.settings and getattr(place, field) != default:
+            if field not in variant.settings and place.differs(field):
                 raise ConfigError(f"attention {name} has no {field}: remove model.{field}")
 
 
@@ -60,13 +60,11 @@ def check_order(config: ModelConfig, devices: int) -> None:
 
 def wanted(config: ModelConfig) -> frozenset[str]:
     """Fields of ModelConfig with which a kernel has to reckon in some layer."""
-    found = set()
+    found: set[str] = set()
     for place in config.places:
         if not ATTENTION[place.attention].fused:
             found.add("attention")
         if place.position == "alibi":
             found.add("position")
-        for field in ("window", "chunk", "keep_first", "sinks", "score_cap"):
-            if getattr(place, field) != ModelConfig.model_fields[field].default:
-                found.add(field)
+        found |= {field for field in SCORES if place.differs(field)}
     return frozenset(found)

@@ -19,7 +19,7 @@ from llama_jax.model.layer_cache import CacheArray, LayerCache, slot_count
 from llama_jax.model.ops.attend import attend
 from llama_jax.model.ops.norm import rms_norm
 from llama_jax.model.ops.product import product
-from llama_jax.model.ops.rope import rotate, rotations
+from llama_jax.model.ops.rope import Rotation, rotate, rotations
 from llama_jax.model.param import fan_in_normal, param
 from sharding.constrain import constrain
 
@@ -161,7 +161,7 @@ def reference_heads(
     return np.stack(heads), shared
 
 
-def _turned(k_BKSH: jax.Array, rotation: Any) -> jax.Array:
+def _turned(k_BKSH: jax.Array, rotation: Rotation | None) -> jax.Array:
     if rotation is None:
         return k_BKSH
     return jnp.swapaxes(rotate(jnp.swapaxes(k_BKSH, 1, 2), *rotation), 1, 2)

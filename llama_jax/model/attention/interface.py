@@ -3,6 +3,7 @@
 `docs/add_a_variant.md` leads through it.
 """
 
+from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -67,8 +68,8 @@ def read_settings(config: ModelConfig, schema: type[S]) -> S:
     return parse(schema, config.attention_settings.plain(), "attention_settings")
 
 
-class Attention(nn.Module):
-    """The parts that every variant has; those without a body here must be its own.
+class Attention(nn.Module, ABC):
+    """The parts that every variant has; those that are abstract must be its own.
 
     config: of the layer; kernel: of what can be computed by one, as `fused` says.
 
@@ -87,6 +88,7 @@ class Attention(nn.Module):
     fused: ClassVar[bool] = False
     recurrent: ClassVar[bool] = False
 
+    @abstractmethod
     def __call__(
         self, x_BTD: jax.Array, tokens: Tokens, cache: LayerCache | None, shared: Keys | None
     ) -> Attended:
@@ -95,31 +97,31 @@ class Attention(nn.Module):
         Without a cache in training; with one for prefill, decoding and verification: the result of
         a token does not depend on which. Padding changes nothing.
         """
-        raise NotImplementedError
 
     @staticmethod
     def check(config: ModelConfig) -> None:
         """Raises ConfigError where the settings do not fit the model."""
 
     @staticmethod
+    @abstractmethod
     def rotary_width(config: ModelConfig) -> int:
         """Numbers of a head that rope turns; 0: none."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def cache(
         config: ModelConfig, batch: int, max_length: int, spare: int
     ) -> dict[str, CacheArray]:
         """What a layer remembers. Also says the cache's bytes."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def mixing_flops(config: ModelConfig, length: int) -> int:
         """Multiplications of the forward pass besides those with parameters, for a row of `length`
         tokens: of scores and values, say."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def reference(
         config: ModelConfig, weights: Weights, x: np.ndarray, depth: int, shared: Any
     ) -> tuple[np.ndarray, Any]:
@@ -134,4 +136,3 @@ class Attention(nn.Module):
         Returns:
             (T, D), and what this layer lends.
         """
-        raise NotImplementedError

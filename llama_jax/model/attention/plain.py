@@ -66,14 +66,12 @@ def attention(
     config: ModelConfig,
     head: int,
     sink: float | None = None,
-    scale: float | None = None,
 ) -> np.ndarray:
     """One head: q, k (T, H), v (T, W) -> (T, W), query by query."""
-    scale = 1 / math.sqrt(q.shape[1]) if scale is None else scale
     rows = []
     for t in range(len(q)):
         seen = [s for s in range(t + 1) if is_seen(t, s, config)]
-        scores = np.array([q[t] @ k[s] * scale for s in seen])
+        scores = np.array([q[t] @ k[s] / math.sqrt(q.shape[1]) for s in seen])
         if config.score_cap is not None:
             scores = config.score_cap * np.tanh(scores / config.score_cap)
         if config.position == "alibi":

@@ -20,16 +20,8 @@ from sharding.rules import Rules
 Kernel = Literal["auto", "xla", "splash", "flash"]
 OF_PLATFORM: dict[str, Kernel] = {"tpu": "splash", "gpu": "flash", "cuda": "flash"}
 NOTHING: frozenset[str] = frozenset()
-EVERYTHING = frozenset(
-    {"attention", "position", "window", "chunk", "keep_first", "sinks", "score_cap"}
-)
-# What a kernel can do besides LLaMA's attention, as fields of ModelConfig.
-ABLE = {
-    "xla": EVERYTHING,
-    "auto": EVERYTHING,
-    "splash": frozenset({"window", "score_cap"}),
-    "flash": NOTHING,
-}
+# What a kernel can do besides LLaMA's attention, as fields of ModelConfig; XLA computes everything.
+ABLE = {"splash": frozenset({"window", "score_cap"}), "flash": NOTHING}
 LANES = 128  # of a TPU's vector unit: blocks are multiples
 LARGEST_BLOCK = 1024  # queries, or keys, that are loaded at once
 LARGEST_PART = 512  # keys that are computed at once
@@ -43,7 +35,7 @@ def chosen(
     if kernel != "auto":
         return kernel
     found = OF_PLATFORM.get(platform or jax.default_backend(), "xla")
-    able = wanted <= ABLE[found] and (found != "flash" or devices == 1)
+    able = wanted <= ABLE.get(found, wanted) and (found != "flash" or devices == 1)
     return found if able else "xla"
 
 
@@ -57,7 +49,7 @@ def check_able(kernel: Kernel, length: int, devices: int, wanted: frozenset[str]
     Raises:
         ValueError: naming the numbers and the remedy.
     """
-    if missing := sorted(wanted - ABLE[kernel]):
+    if missing := sorted(wanted - ABLE.get(kernel, wanted)):
         raise ValueError(
             f"the {kernel} kernel has no {', '.join(missing)} (model.{missing[0]}): use "
             "compute.attention xla"
