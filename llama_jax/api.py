@@ -16,13 +16,13 @@ from llama_jax.convert.source import load_params
 from llama_jax.generate.settings import GenerateConfig, SamplingConfig
 from llama_jax.generate.speculative import Draft
 from llama_jax.generate.text import Completion, OnDone, OnText, Prompt, generate
+from llama_jax.model.attention import rules_for
 from llama_jax.model.layout import for_decoding, int8_axes, int8_shapes, quantize
 from llama_jax.model.llama import Llama
 from llama_jax.model.stack import Params
 from llama_jax.tokenizer import Tokenizer
 from sharding.mesh import make_mesh
 from sharding.partition import shardings
-from sharding.rules import PRESETS
 
 ONE_DEVICE = MeshConfig(data=1, rules="decode")
 
@@ -183,9 +183,9 @@ def load(
     source = open_source(path)
     if source.tokenizer is None:
         raise ConfigError(f"{path} has no tokenizer; put the model's own file there.")
-    compute, rules = ComputeConfig(dtype=dtype), PRESETS[mesh.rules]
-    model = Llama(source.config, compute, rules)
     devices = make_mesh(mesh.sizes, jax.devices()[:1] if mesh == ONE_DEVICE else None)
+    rules = rules_for(source.config, mesh.rules, devices.shape)
+    model = Llama(source.config, ComputeConfig(dtype=dtype), rules)
     shapes, axes = model.shapes(), model.axes()
     if source.int8 is not None:
         shapes, axes = int8_shapes(shapes), int8_axes(axes)

@@ -118,6 +118,23 @@ def test_without_segments_a_row_is_one_document(kernel):
     np.testing.assert_allclose(found, reference, atol=2e-5)
 
 
+@pytest.mark.parametrize("kernel", ["splash", "flash"])
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_key_heads_that_devices_cannot_share_are_computed_with_their_queries(kernel, K):
+    sizes = {"T": 128, "N": 12, "K": K}
+    q, k, v, segments, _ = operands(**sizes)
+    axes = {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 4}
+    mesh = make_mesh(axes, jax.devices()[:4])
+    rules = RULES.replace(kv_heads=None, act_kv_heads=None)
+
+    def function(q, k, v):
+        return fused(kernel, q, k, v, segments, rules, interpret=True)
+
+    with jax.set_mesh(mesh):
+        found = value_and_gradients(function, q, k, v, np.asarray(segments) > 0)
+    assert_close(found, wanted(**sizes))
+
+
 @pytest.mark.parametrize(
     ("kernel", "mesh_sizes", "balanced", "window"),
     [

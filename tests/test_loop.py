@@ -351,7 +351,10 @@ def test_another_tokenizer_is_refused(corpus, undisturbed, tmp_path):
     ("changes", "message"),
     [
         ({"mesh": {"data": 2}}, "multiply to 2, but there are 4 devices"),
-        ({"mesh": {"data": 1, "tensor": 4}}, "layers/attention/k: dimension 2 .kv_heads. is 2"),
+        (
+            {"mesh": {"data": 1, "tensor": 4}, "model": MODEL | {"n_heads": 2, "n_kv_heads": 1}},
+            "layers/attention/o: dimension 1 .heads. is 2",
+        ),
         (
             {"accumulate": 2},
             r"must be a multiple of mesh.data x mesh.fsdp x mesh.expert .4 on these devices",

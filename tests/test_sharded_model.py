@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.config import ComputeConfig, ModelConfig, OptimizerConfig
+from llama_jax.config import ComputeConfig, Frozen, ModelConfig, OptimizerConfig
+from llama_jax.model.attention import rules_for
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama
 from llama_jax.model.stack import unstack
@@ -175,14 +176,24 @@ def test_sharded_equals_alone_unrolled_or_tied(config, compute):
     assert_same(result, alone(config, compute))
 
 
-def test_rules_may_leave_kv_heads_whole():
-    """Multi-query attention on tensor=2: the remedy that the error of the rules names."""
-    config = CONFIG.model_copy(update={"n_kv_heads": 1})
-    mesh = mesh_of((1, 1, 2))
-    with pytest.raises(ValueError, match=r"layers/attention/k: dimension 2 \(kv_heads\) is 1"):
-        shardings(Llama(config).shapes(), Llama(config).axes(), mesh, PRESETS["train"])
-    rules = PRESETS["train"].replace(kv_heads=None, act_kv_heads=None)
-    assert_same(on_mesh(config, SCANNED, (1, 1, 2), rules), alone(config, SCANNED))
+@pytest.mark.parametrize("preset", ["train", "decode"])
+@pytest.mark.parametrize(("kv_heads", "sizes"), [(1, (1, 1, 2)), (2, (1, 1, 4))])
+def test_key_heads_that_tensor_cannot_share_are_whole(preset, kv_heads, sizes):
+    """Multi-query attention on tensor=2, two key heads on tensor=4."""
+    config = CONFIG.model_copy(update={"n_kv_heads": kv_heads})
+    mesh = mesh_of(sizes)
+    with pytest.raises(ValueError, match=r"layers/attention/k: dimension 2 \(kv_heads\) is"):
+        shardings(Llama(config).shapes(), Llama(config).axes(), mesh, PRESETS[preset])
+    rules = rules_for(config, preset, mesh.shape)
+    assert rules == PRESETS[preset].replace(kv_heads=None, act_kv_heads=None)
+    assert_same(on_mesh(config, SCANNED, sizes, rules), alone(config, SCANNED))
+
+
+def test_key_heads_that_tensor_can_share_are_shared():
+    sizes = mesh_of((1, 1, 2)).shape
+    assert rules_for(CONFIG, "train", sizes) == PRESETS["train"]
+    one_of_two = CONFIG.model_copy(update={"pattern": (Frozen(), Frozen({"n_kv_heads": 1}))})
+    assert rules_for(one_of_two, "train", sizes).mesh_axes("kv_heads") == ()
 
 
 def test_init_on_a_mesh_is_init():

@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 
 from llama_jax.ablate import reference
 from llama_jax.config import ComputeConfig, ModelConfig, configs_folder, parse, read_yaml
+from llama_jax.model.attention import rules_for
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama
 from llama_jax.model.stack import Params, unstack
 from sharding.mesh import make_mesh
 from sharding.partition import shardings
-from sharding.rules import PRESETS, Rules
+from sharding.rules import Rules
 
 ROWS, LENGTH = 2, 14
 PIECES = (5, 1, 1, 3, 1, 3)  # prefill, decode, verify, ...
@@ -185,10 +186,7 @@ def sharded(case: Case) -> Cell:
     cells = []
     for name in ("train", "decode"):
         mesh = _mesh()
-        rules = PRESETS[name]
-        if any(place.n_kv_heads % mesh.shape["tensor"] for place in case.config.places):
-            # Key heads that tensor cannot share out are whole on all of its devices.
-            rules = rules.replace(kv_heads=None, act_kv_heads=None)
+        rules = rules_for(case.config, name, mesh.shape)
         model = Llama(case.config, rules=rules)
         params = _placed(model, case.params, mesh, rules)
         with jax.set_mesh(mesh):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llama_jax.config import ConfigError, MeshConfig
+from llama_jax.model.attention import rules_for
 from llama_jax.model.count import flops_per_token, forward_flops_per_token, n_parameters
 from llama_jax.plan.compile import (
     Compiled,
@@ -36,7 +37,6 @@ from llama_jax.plan.settings import PlanConfig
 from llama_jax.train.program import check_rows, check_tokens
 from sharding.collectives import Collective, collectives, totals
 from sharding.mesh import resolve
-from sharding.rules import PRESETS
 
 Record = dict[str, Any]
 MOST_TENSORS = 8
@@ -71,7 +71,7 @@ def estimate(config: PlanConfig, topology: Topology, compiled: bool = True) -> R
     mesh_config = decoding_mesh(config, topology.devices) if config.decode else config.mesh
     sizes = resolved(mesh_config, topology)
     if config.decode:
-        memory = decoding_memory(config, sizes, PRESETS[mesh_config.rules])
+        memory = decoding_memory(config, sizes, rules_for(config.model, mesh_config.rules, sizes))
     else:
         check_rows(config, sizes)
         kernel = check_tokens(config, sizes, "gpu" if topology.chip.is_gpu else "tpu")

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 
 from llama_jax.config import ConfigError, ModelConfig, TrainConfig
+from llama_jax.model.attention import rules_for
 from llama_jax.model.cache import KVCache
 from llama_jax.model.layer import RESIDUAL
 from llama_jax.model.llama import LOGITS, Llama
 from llama_jax.plan.settings import PlanConfig
 from sharding.partition import divided_spec
-from sharding.rules import PRESETS, Rules
+from sharding.rules import Rules
 
 MASTER, MOMENTS, BF16 = 4, 8, 2  # bytes: an fp32 number, two of them, one in bf16
 LESS_STATE = "a larger mesh.fsdp or mesh.tensor"
@@ -99,7 +100,7 @@ def training_memory(config: TrainConfig, sizes: Mapping[str, int]) -> Memory:
     Raises:
         ConfigError: the mesh does not divide the model or the batch.
     """
-    rules = PRESETS[config.mesh.rules]
+    rules = rules_for(config.model, config.mesh.rules, sizes)
     model = Llama(config.model, config.compute, rules)
     held = parameters_by_name(model, sizes)
     count = sum(held.values())

@@ -18,6 +18,7 @@ from llama_jax.config import (
     TrainConfig,
 )
 from llama_jax.generate.decode import Decoder, Rows, State
+from llama_jax.model.attention import rules_for
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama
 from llama_jax.plan.memory import declared
@@ -27,7 +28,6 @@ from llama_jax.train.program import BATCH_TYPES, make_program
 from llama_jax.train.step import init_state, lm_loss, make_step
 from sharding.mesh import make_mesh
 from sharding.partition import placed, shardings
-from sharding.rules import PRESETS
 
 ENDS = 4  # ids that end a row; costs nothing
 DECODED = jnp.bfloat16
@@ -58,12 +58,11 @@ def decoding_step(config: PlanConfig, devices: Sequence[jax.Device]) -> Step:
         ConfigError: mesh, model and rows do not fit together or do not fit the devices.
     """
     mesh_config = decoding_mesh(config, len(devices))
-    rules = PRESETS[mesh_config.rules]
-    decoder = Decoder(
-        Llama(config.model, ComputeConfig(dtype="bfloat16"), rules), config.model.vocab_size
-    )
     try:
         mesh = make_mesh(mesh_config.sizes, devices)
+        rules = rules_for(config.model, mesh_config.rules, mesh.shape)
+        model = Llama(config.model, ComputeConfig(dtype="bfloat16"), rules)
+        decoder = Decoder(model, config.model.vocab_size)
         params = _as_decoded(decoder.model.shapes())
         params = placed(params, shardings(params, decoder.model.axes(), mesh, rules))
         cache = jax.eval_shape(

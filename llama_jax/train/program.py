@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import ConfigError, TrainConfig
-from llama_jax.model.attention import check_order, wanted
+from llama_jax.model.attention import check_order, rules_for, wanted
 from llama_jax.model.layer import RESIDUAL
 from llama_jax.model.llama import LOGITS, Llama
 from llama_jax.model.ops.kernels import Kernel, check_able, chosen
@@ -63,11 +63,11 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
     Raises:
         ConfigError: mesh, model and batch do not fit together or do not fit the devices.
     """
-    rules = PRESETS[config.mesh.rules]
     try:
         mesh = make_mesh(config.mesh.sizes, devices)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    rules = rules_for(config.model, config.mesh.rules, mesh.shape)
     check_rows(config, mesh.shape)
     kernel = check_tokens(config, mesh.shape, mesh.devices.flat[0].platform)
     compute = config.compute.model_copy(update={"attention": kernel})

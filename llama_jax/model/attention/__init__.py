@@ -3,6 +3,9 @@
 docs/add_a_variant.md says how to add one.
 """
 
+import math
+from collections.abc import Mapping
+
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.model.attention.differential import DifferentialAttention
 from llama_jax.model.attention.gated import GatedAttention
@@ -11,6 +14,7 @@ from llama_jax.model.attention.grouped_query import GroupedQueryAttention
 from llama_jax.model.attention.interface import Attention, read_settings
 from llama_jax.model.attention.latent import LatentAttention
 from llama_jax.model.attention.scores import SCORES
+from sharding.rules import PRESETS, Rules
 
 ATTENTION: dict[str, type[Attention]] = {
     "grouped_query": GroupedQueryAttention,
@@ -56,6 +60,24 @@ def check_order(config: ModelConfig, devices: int) -> None:
             raise ValueError(
                 f"attention {place.attention} reads a row's tokens in order: use mesh.context 1"
             )
+
+
+def rules_for(config: ModelConfig, preset: str, sizes: Mapping[str, int]) -> Rules:
+    """The rules of a preset, for a model on a mesh.
+
+    Key heads that the devices of `tensor` cannot share, those of multi-query attention say, are
+    whole on each of them, and so is their cache (arXiv 2211.05102, section 3.3).
+
+    Args:
+        config: the model.
+        preset: a name of PRESETS.
+        sizes: mesh axis -> devices along it.
+    """
+    rules = PRESETS[preset]
+    shares = math.prod(sizes[axis] for axis in rules.mesh_axes("act_kv_heads"))
+    if any(place.n_kv_heads % shares for place in config.places):
+        return rules.replace(kv_heads=None, act_kv_heads=None)
+    return rules
 
 
 def wanted(config: ModelConfig) -> frozenset[str]:

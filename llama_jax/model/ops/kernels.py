@@ -5,6 +5,7 @@ compute the scores again in the backward pass (FlashAttention, arXiv 2205.14135)
 by the order of the tokens, so the documents of a row follow each other, in segments.
 """
 
+import math
 from typing import Literal
 
 import jax
@@ -107,6 +108,10 @@ def fused(
     scale = H**-0.5 if scale is None else scale
     if segments_BT is None:
         segments_BT = jnp.ones((B, T), jnp.int32)
+    # Key heads that the devices cannot share, each has those of its queries.
+    keys = k_BKTH.shape[1]
+    times = math.lcm(keys, parts("act_heads", rules)) // keys
+    k_BKTH, v_BKTH = (jnp.repeat(x, times, axis=1) for x in (k_BKTH, v_BKTH))
     if kernel == "splash":
         return _splash(
             q_BTNH * scale, k_BKTH, v_BKTH, segments_BT, rules, balanced, window, cap, interpret
@@ -161,7 +166,7 @@ def _splash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, balanced, window, cap, i
     if rules is None or mesh.empty:
         return run(kernel, q_BTNH, k_BKTH, v_BKTH, segments_BT, segments_BT)[:, :T]
     queries = rules.spec(("batch", "seq", "act_heads", None))
-    keys = rules.spec(("batch", "act_kv_heads", None, None))
+    keys = rules.spec(("batch", "act_heads", None, None))
     of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, rules.spec(("act_heads", "seq"))))
     of_segments = rules.spec(("batch", "seq")), rules.spec(("batch", None))
     return jax.shard_map(
@@ -192,7 +197,7 @@ def _flash(q_BTNH, k_BKTH, v_BKTH, segments_BT, rules, scale, interpret):
         y_BTNH = run(*operands)
     else:
         queries = rules.spec(("batch", None, "act_heads", None))
-        keys = rules.spec(("batch", "act_kv_heads", None, None))
+        keys = rules.spec(("batch", "act_heads", None, None))
         y_BTNH = jax.shard_map(
             run,
             in_specs=(queries, keys, keys, rules.spec(("batch", None))),
