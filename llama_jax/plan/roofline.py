@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.config import TrainConfig
+from llama_jax.model.attention import rules_for
 from llama_jax.model.count import cache_bytes_per_token
 from llama_jax.plan.hardware import GPUS_PER_NODE, Topology
 from llama_jax.plan.memory import BF16, MASTER, MOMENTS, Memory
@@ -116,7 +117,9 @@ def training_wire(
     rows = config.data.batch_size // config.accumulate // shares
     tokens = rows * config.data.sequence_length
     summed = tokens // sizes["context"] * config.model.d_model * wide
-    keys_and_values = tokens * cache_bytes_per_token(config.model, wide) // sizes["tensor"]
+    rules = rules_for(config.model, config.mesh.rules, sizes)
+    heads = math.prod(sizes[axis] for axis in rules.mesh_axes("act_kv_heads"))
+    keys_and_values = tokens * cache_bytes_per_token(config.model, wide) // heads
     amounts = {
         ("fsdp", "context"): config.accumulate * passes * gathered * wide * _ring(split),
         ("data", "fsdp", "context"): config.accumulate
