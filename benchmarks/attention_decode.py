@@ -10,7 +10,6 @@ it should be: the bytes of both, in parts of multi-head attention's. Nothing is 
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from llama_jax.ablate.measure import timers
 from llama_jax.config import ModelConfig
-from llama_jax.model.cache import KVCache, cache_bytes
+from llama_jax.model.cache import cache_bytes
 from llama_jax.model.count import cache_bytes_per_row, parameters
-from llama_jax.model.layout import for_decoding
-from llama_jax.model.llama import Llama
 
 SHAPE = {
     **{"d_model": 768, "n_layers": 8, "n_heads": 12, "n_kv_heads": 12, "d_head": 64},
@@ -44,34 +42,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window 1,024": {"window": 1024},
     "gated delta": {"attention": "gated_delta"},
 }
-STEPS = 16  # of a call
-
-
-def prepared(config: ModelConfig, context: int) -> Any:
-    """A call that decodes STEPS tokens behind `context` others; compiled and run once."""
-    model = Llama(config)
-    params = for_decoding(jax.jit(model.init)(jax.random.key(0)), 1, consume=True)
-    stacked = not isinstance(params["layers"], tuple)
-
-    def decode(params: Any, cache: KVCache, token: jax.Array) -> tuple[KVCache, jax.Array]:
-        def step(n: jax.Array, carry: Any) -> Any:
-            cache, token = carry
-            output = model.apply(params, token, jnp.full((1, 1), context) + n, None, cache)
-            return output.cache, jnp.argmax(output.value, axis=-1).astype(jnp.int32)
-
-        return jax.lax.fori_loop(0, STEPS, step, (cache, token))
-
-    compiled = jax.jit(decode, donate_argnums=1)
-    held = {"cache": KVCache.init(config, 1, context + STEPS, stacked=stacked)}
-
-    def call() -> float:
-        start = time.perf_counter()
-        held["cache"], token = compiled(params, held["cache"], jnp.zeros((1, 1), jnp.int32))
-        jax.block_until_ready(token)
-        return time.perf_counter() - start
-
-    call()
-    return call
 
 
 def main() -> None:
@@ -84,11 +54,11 @@ def main() -> None:
     models = {name: ModelConfig(**SHAPE | changes) for name, changes in VARIANTS.items()}
     records = []
     for context in given.contexts:
-        calls = {name: prepared(config, context) for name, config in models.items()}
+        decode = {name: timers(config, 1, context)[1] for name, config in models.items()}
         taken: dict[str, list[float]] = {name: [] for name in models}
-        for _ in track(range(given.rounds), f"context {context:,}", transient=True):
-            for name, call in calls.items():
-                taken[name].append(call() / STEPS)
+        for _ in track(range(1 + given.rounds), f"context {context:,}", transient=True):
+            for name, seconds in decode.items():
+                taken[name].append(seconds())
         for name, config in models.items():
             weights = 4 * parameters(config).products
             cache = cache_bytes(config, 1, context, jnp.float32)
@@ -96,14 +66,15 @@ def main() -> None:
                 {
                     "variant": name,
                     "context": context,
-                    "milliseconds": 1000 * statistics.median(taken[name]),
-                    "fastest": 1000 * min(taken[name]),
+                    # The first call compiles.
+                    "milliseconds": 1000 * statistics.median(taken[name][1:]),
+                    "fastest": 1000 * min(taken[name][1:]),
                     "cache_bytes_per_token_bf16": cache_bytes_per_row(config, context) // context,
                     "weight_bytes": weights,
                     "cache_bytes": cache,
                 }
             )
-        del calls
+        del decode
     show(records)
     if given.out:
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"

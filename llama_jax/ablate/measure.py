@@ -3,7 +3,7 @@
 import functools
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from llama_jax.tokenizer import load as load_tokenizer
 
 LARGEST = 2**20  # rows beyond which nobody asks
 DECODED = 32  # tokens of a row that decoding is timed over
+Timer = Callable[[], float]
 
 
 class Losses(NamedTuple):
@@ -114,13 +115,6 @@ def _losses(model: Llama, chunks: int, params: Params, batch: Mapping[str, jax.A
     return token_losses(hidden, model.output_weight(params), batch["targets"], chunks)
 
 
-class _Timed(NamedTuple):
-    """What is run to tell the speed of a variant."""
-
-    prefill: Any
-    decode: Any
-
-
 def speeds(models: Mapping[str, ModelConfig], cost: CostConfig) -> dict[str, tuple[Speed, ...]]:
     """Tokens per second of prefill and of decoding, for every variant and context.
 
@@ -129,58 +123,64 @@ def speeds(models: Mapping[str, ModelConfig], cost: CostConfig) -> dict[str, tup
     """
     found: dict[str, list[Speed]] = {name: [] for name in models}
     for context in cost.contexts:
-        timed = {name: _timed(model, cost.rows, context) for name, model in models.items()}
+        timed = {name: timers(model, cost.rows, context) for name, model in models.items()}
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-        for _ in range(cost.rounds):
-            for name, one in timed.items():
-                taken[name].append((_seconds(one.prefill), _seconds(one.decode)))
+        for _ in range(1 + cost.rounds):  # the first compiles, and does not count
+            for name, (prefill, decode) in timed.items():
+                taken[name].append((prefill(), decode()))
         for name, seconds in taken.items():
-            prefill, decode = (statistics.median(kind) for kind in zip(*seconds, strict=True))
-            found[name].append(
-                Speed(
-                    context=context,
-                    rows=cost.rows,
-                    prefill=cost.rows * context / prefill,
-                    decode=cost.rows * DECODED / decode,
-                )
-            )
+            each = [cost.rows / statistics.median(kind) for kind in zip(*seconds[1:], strict=True)]
+            found[name].append(Speed(context, cost.rows, *each))
     return {name: tuple(ones) for name, ones in found.items()}
 
 
-def _timed(config: ModelConfig, rows: int, context: int) -> _Timed:
-    """Compiled and run once."""
+def timers(config: ModelConfig, rows: int, context: int) -> tuple[Timer, Timer]:
+    """Prefill of `context` tokens and decoding behind them, which the first call compiles.
+
+    Each, when called, runs and gives the seconds of one token in every row. What a cache holds does
+    not change the time, so that of decoding is never filled.
+    """
     model = Llama(config)
     params = for_decoding(jax.jit(model.init)(jax.random.key(0)), rows, consume=True)
     stacked = not isinstance(params["layers"], tuple)
-    slots = context + DECODED
-    cache = KVCache.init(config, rows, slots, stacked=stacked)
     numbers = np.random.default_rng(0)
     tokens = jnp.asarray(numbers.integers(0, config.vocab_size, (rows, context)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(context), tokens.shape)
 
-    @jax.jit
-    def prefill(params: Params, cache: KVCache) -> KVCache | None:
-        return model.apply(params, tokens, positions, None, cache, head="none").cache
+    def empty(slots: int) -> KVCache:
+        return KVCache.init(config, rows, slots, stacked=stacked)
 
-    @jax.jit
-    def decode(params: Params, cache: KVCache) -> jax.Array:
+    def prefill(params: Params, cache: KVCache) -> tuple[KVCache, jax.Array]:
+        output = model.apply(params, tokens, positions, None, cache, head="none")
+        assert output.cache is not None
+        return output.cache, output.value[:, -1]
+
+    def decode(params: Params, cache: KVCache) -> tuple[KVCache, jax.Array]:
         def step(n: jax.Array, carry: tuple[KVCache, jax.Array]) -> tuple[KVCache, jax.Array]:
             cache, last = carry
             output = model.apply(params, last, jnp.full((rows, 1), context) + n, None, cache)
             assert output.cache is not None
             return output.cache, jnp.argmax(output.value, axis=-1).astype(jnp.int32)
 
-        return jax.lax.fori_loop(0, DECODED, step, (cache, tokens[:, :1]))[1]
+        return jax.lax.fori_loop(0, DECODED, step, (cache, tokens[:, :1]))
 
-    filled = jax.block_until_ready(prefill(params, cache))
-    jax.block_until_ready(decode(params, filled))
-    return _Timed(lambda: prefill(params, cache), lambda: decode(params, filled))
+    return (
+        _timer(prefill, params, empty(context), context),
+        _timer(decode, params, empty(context + DECODED), DECODED),
+    )
 
 
-def _seconds(run: Any) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
+def _timer(run: Any, params: Params, cache: KVCache, tokens: int) -> Timer:
+    """The function on a cache that it writes in place, over and over."""
+    compiled, held = jax.jit(run, donate_argnums=1), [cache]
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        held[0], result = compiled(params, held[0])
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / tokens
+
+    return seconds
 
 
 def capacity(config: ModelConfig, context: int, memory_gib: float) -> Capacity:
