@@ -11,7 +11,8 @@ import yaml
 from models import converted, huggingface_folder, speaking_folder
 
 import llama_jax
-from llama_jax.config import ConfigError, MeshConfig, ModelConfig
+from llama_jax.ablate.parity import variants
+from llama_jax.config import ConfigError, ExpertsConfig, Frozen, MeshConfig, ModelConfig
 from llama_jax.convert.formats import open_source
 from llama_jax.convert.settings import ConvertConfig
 from llama_jax.convert.source import load_params
@@ -32,6 +33,9 @@ from llama_jax.model.ops.product import letters, product
 from llama_jax.model.ops.weight import OutputMajor, Words, take
 from llama_jax.model.stack import unstack
 from llama_jax.train import checkpoint, manifest
+from sharding.mesh import make_mesh
+from sharding.partition import shardings
+from sharding.rules import PRESETS
 
 CONFIG = ModelConfig(
     d_model=32,
@@ -45,9 +49,11 @@ CONFIG = ModelConfig(
     rope_theta=1e4,
     tie_embeddings=False,
 )
+EXPERTS = ExpertsConfig(count=4, per_token=2, shared_d_ff=48)
 MODELS = {
     "untied": Llama(CONFIG),
     "tied": Llama(CONFIG.model_copy(update={"tie_embeddings": True})),
+    "mixture": Llama(CONFIG.model_copy(update={"experts": EXPERTS})),
 }
 # Every product of a weight in the model: q, k and v, o, gate and up, down, head, tied head.
 SUBSCRIPTS = (
@@ -152,7 +158,7 @@ def test_shapes_and_axes_of_int8_follow_from_those_of_floats(model):
     assert kinds == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), quantized)
     axes = int8_axes(model.axes())
     sizes = {"vocab": 64, "embed": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 48}
-    sizes["layers"] = 3
+    sizes |= {"layers": 3, "expert": 4, "router": 4}
     flat, tree = jax.tree.flatten(quantized)
     for leaf, names_of_axes in zip(flat, tree.flatten_up_to(axes), strict=True):
         assert tuple(sizes[name] for name in names_of_axes) == leaf.shape
@@ -327,6 +333,38 @@ def test_a_quantised_model_computes_what_its_rounded_weights_say(model, layout):
     np.testing.assert_allclose(one[0, 0], expected[0, 0], rtol=0, atol=1e-3 * size)
 
 
+@pytest.mark.parametrize("name", ["gated", "differential", "latent_queries", "gated_delta_in_turn"])
+def test_variants_compute_what_their_rounded_weights_say(name):
+    model = Llama(variants()[name])
+    params = parameters(model)
+    quantized = for_decoding(quantize(params), 1)
+    found, expected = (
+        apply(model, p, TOKENS, POSITIONS).value for p in (quantized, rounded(params))
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("preset", ["train", "decode"])
+@pytest.mark.parametrize("sizes", [{"expert": 2, "tensor": 2}, {"fsdp": 2, "expert": 2}])
+def test_experts_in_int8_are_split_over_a_mesh(sizes, preset):
+    model = MODELS["mixture"]
+    quantized = quantize(parameters(model))
+    tokens, positions = (np.concatenate([x, x[:1]]) for x in (TOKENS, POSITIONS))
+    expected = apply(model, quantized, tokens, positions).value
+    axes = {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1} | sizes
+    mesh, rules = make_mesh(axes, jax.devices()[:4]), PRESETS[preset]
+    whole_rows = rules.replace(residual_seq=None)  # 11 tokens, which two devices cannot share
+    split = Llama(model.config, rules=whole_rows)
+    places = shardings(int8_shapes(model.shapes()), int8_axes(model.axes()), mesh, whole_rows)
+    placed = jax.device_put(quantized, places)
+    up = placed["layers"]["feed_forward"]["expert_up"].values
+    parts = 4 if preset == "train" or "tensor" in sizes else 2
+    assert up.addressable_shards[0].data.size == up.size // parts
+    with jax.set_mesh(mesh):
+        found = apply(split, placed, tokens, positions).value
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @TIED
 def test_the_output_weight_of_a_quantised_model_gives_its_logits(model):
     for params in (quantize(parameters(model)), for_decoding(quantize(parameters(model)), 1)):
@@ -420,6 +458,21 @@ def test_a_converted_model_is_the_quantised_one_bit_for_bit(case, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert source.dtype == np.float32
+
+
+def test_a_variant_becomes_int8_and_floats_again(tmp_path):
+    """Layers of two kinds, one of them a mixture, whose experts are many matrices in one array."""
+    pattern = (Frozen(), Frozen({"experts": EXPERTS.model_dump()}))
+    config = CONFIG.model_copy(update={"pattern": pattern})
+    params = parameters(Llama(config))
+    settings = {"end_ids": [], "context_length": 32, "weights": "floats"}
+    text = yaml.safe_dump({"model": config.model_dump(mode="json"), **settings})
+    files = {checkpoint.CONFIG: text.encode()}
+    checkpoint.write_parameters(tmp_path / "floats", params, {"validation_loss": None}, files)
+    small = converted(tmp_path / "floats", tmp_path / "int8", "llama_jax", dtype="int8")
+    back = converted(small, tmp_path / "back", "llama_jax", dtype="float32")
+    found = load_params(open_source(back))
+    jax.tree.map(np.testing.assert_array_equal, found, rounded(params))
 
 
 def test_an_int8_checkpoint_loads_as_it_is_and_without_a_word(folder):

@@ -28,7 +28,7 @@ from llama_jax.convert.source import (
     load_params,
     narrowest,
 )
-from llama_jax.model.layout import INPUTS, int8_order, int8_shapes, quantize
+from llama_jax.model.layout import INPUTS, OUTPUTS, int8_order, int8_shapes, quantize
 from llama_jax.model.llama import Llama
 from llama_jax.model.ops.weight import OutputMajor
 from llama_jax.train import checkpoint
@@ -165,11 +165,13 @@ def _part(path: str) -> str:
 
 
 def _floats(row: names.Tensor, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """A matrix of one layer in fp32 with our axes, from values (out..., in...) and their scale."""
+    """A matrix of one layer in fp32 with our axes, from values (out..., in...) and their scale; of
+    experts all matrices."""
     floats = values * scale.reshape(scale.shape + (1,) * (values.ndim - scale.ndim))
     if row.path == names.EMBED.path:
         return floats
-    return np.moveaxis(floats, range(scale.ndim), range(-scale.ndim, 0))
+    outputs = OUTPUTS[row.path[-1]]
+    return np.moveaxis(floats, range(scale.ndim - outputs, scale.ndim), range(-outputs, 0))
 
 
 def write(source: Source, folder: Path, settings: ConvertConfig, advance: Advance) -> None:

@@ -19,6 +19,7 @@ from llama_jax.model.stack import Params, by_place, in_turn
 OUTPUTS = {
     **{"embed": 1, "q": 2, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1, "head": 1},
     **{"q_pair": 3, "k_pair": 3, "head_gate": 2, "q_down": 1, "q_up": 2, "kv_down": 1},
+    **{"expert_gate": 1, "expert_up": 1, "expert_down": 1},
 }
 INPUTS = {**dict.fromkeys(OUTPUTS, 1), "o": 2}
 
@@ -85,8 +86,8 @@ def for_decoding(params: Params, rows: int, consume: bool = False) -> Params:
 
     On a CPU layers are unstacked, because a scan would copy every layer's weights for every token,
     and matrices are output-major; where rows is 1, bf16 and int8 ones whose inputs fill words are
-    in words. An embedding that is only looked up stays as it is. Elsewhere parameters stay as they
-    are.
+    in words, but for experts, of which a token passes few. An embedding that is only looked up
+    stays as it is. Elsewhere parameters stay as they are.
 
     With `consume` the given matrices are deleted one by one, so that memory never holds two models.
     """
@@ -98,7 +99,7 @@ def for_decoding(params: Params, rows: int, consume: bool = False) -> Params:
         if name == "embed" and not is_tied:
             return matrix
         weight = _output_major(name, matrix)
-        if rows > 1 or not Words.can_hold(weight, OUTPUTS[name]):
+        if rows > 1 or "expert" in name or not Words.can_hold(weight, OUTPUTS[name]):
             return weight
         return _words(weight, OUTPUTS[name])
 

@@ -18,15 +18,17 @@ from llama_jax.config import ExpertsConfig, ModelConfig
 from llama_jax.model import feed_forward
 from llama_jax.model.feed_forward import FeedForward, is_gated
 from llama_jax.model.ops.activation import activate
-from llama_jax.model.ops.grouped import block_size, grouped_product
+from llama_jax.model.ops.grouped import block_size, grouped_product, grouped_product_of
+from llama_jax.model.ops.weight import OutputMajor
 from llama_jax.model.param import fan_in_normal, param
 from sharding.rules import Rules
 
-Weights = dict[str, jax.Array]
+Weights = dict[str, Any]  # arrays, or OutputMajor
 Aux = dict[str, jax.Array]
 
-GOES_IN = ("expert", "embed", "mlp")  # logical axes of the gates and ups of all experts
-GOES_OUT = ("expert", "mlp", "embed")  # and of their downs
+# Logical axes of the matrices of all experts.
+GOES_IN, GOES_OUT = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+OF_EXPERTS = {"gate": GOES_IN, "up": GOES_IN, "down": GOES_OUT}
 TOKENS = ("batch", "residual_seq")  # axes of the tokens, as they lie between blocks
 
 
@@ -99,17 +101,28 @@ def _on_mesh(
     axes = Axes(splitting(*TOKENS), *(splitting(name) for name in ("expert", "mlp", "embed")))
     of_weights = {
         "router": rules.spec((None, "router")),
-        "gate": rules.spec(GOES_IN),
-        "up": rules.spec(GOES_IN),
-        "down": rules.spec(GOES_OUT),
+        **{
+            name: _spec(rules, axes, weights[name])
+            for name, axes in OF_EXPERTS.items()
+            if name in weights
+        },
     }
     tokens = rules.spec((*TOKENS, None))
     return jax.shard_map(
         partial(_mix, config, axes),
-        in_specs=(tokens, rules.spec(TOKENS), {name: of_weights[name] for name in weights}),
+        in_specs=(tokens, rules.spec(TOKENS), of_weights),
         out_specs=(tokens, rules.spec(())),
         check_vma=False,
     )(x_BTD, real_BT, weights)
+
+
+def _spec(rules: Rules, axes: tuple[str, ...], weight: jax.Array | OutputMajor) -> Any:
+    """Of the matrices of all experts, in either layout."""
+    if not isinstance(weight, OutputMajor):
+        return rules.spec(axes)
+    expert, inputs, outputs = axes
+    scale = None if weight.scale is None else rules.spec((expert, outputs))
+    return OutputMajor(rules.spec((expert, outputs, inputs)), scale)  # type: ignore[arg-type]
 
 
 def _mix(
@@ -191,7 +204,7 @@ def _compute(
 ) -> jax.Array:
     """The weighted sum of those chosen experts that this device holds: (N, D)."""
     N, X = chosen_NX.shape
-    here = len(weights["up"])
+    here = jax.tree.leaves(weights["up"])[0].shape[0]
     expert_M = chosen_NX.reshape(-1)
     if axes.experts:
         expert_M = expert_M - lax.axis_index(axes.experts) * here
@@ -202,9 +215,10 @@ def _compute(
     place_M = jnp.argsort(order_M)
 
     def times(x: jax.Array, name: str) -> jax.Array:
-        split = GOES_IN if name != "down" else GOES_OUT
-        block = block_size(N * X, weights["router"].shape[1])
-        return grouped_product(x, weights[name], sizes_E, block, axes.embed, split.index("embed"))
+        weight, block = weights[name], block_size(N * X, weights["router"].shape[1])
+        multiply = grouped_product_of if isinstance(weight, OutputMajor) else grouped_product
+        split = OF_EXPERTS[name].index("embed")
+        return multiply(x, weight, sizes_E, block, axes.embed, split)
 
     x_MD = _sorted_pairs(x_ND, order_M, place_M)
     gate = checkpoint_name(times(x_MD, "gate"), "gate") if is_gated(config) else None

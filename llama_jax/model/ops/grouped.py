@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llama_jax.model.ops.weight import OutputMajor
+
 LARGEST_BLOCK = 512  # rows that are multiplied at once
 
 Update = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -61,6 +63,25 @@ def _backward(block, mesh_axes, dimension, operands, gradient_MO):
 
 
 grouped_product.defvjp(_forward, _backward)
+
+
+def grouped_product_of(
+    x_MI: jax.Array,
+    weight: OutputMajor,
+    sizes_E: jax.Array,
+    block: int,
+    mesh_axes: tuple[str, ...] = (),
+    dimension: int = 1,
+) -> jax.Array:
+    """`grouped_product` with matrices laid out for inference, (E, O, I), maybe in int8, whose scale
+    is applied to the sums."""
+    values = _whole(weight.values, weight.values.dtype, mesh_axes, 3 - dimension)
+    y_MO = _times(x_MI, values, sizes_E, block, 2)
+    if weight.scale is None:
+        return y_MO
+    scale_EO = _whole(weight.scale, weight.scale.dtype, mesh_axes if dimension == 2 else (), 1)
+    group_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(len(y_MO)), side="right")
+    return (y_MO * scale_EO.at[group_M].get(mode="clip")).astype(x_MI.dtype)
 
 
 def _whole(w: jax.Array, dtype: Any, mesh_axes: tuple[str, ...], dimension: int) -> jax.Array:
