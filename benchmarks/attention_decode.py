@@ -24,6 +24,7 @@ from llama_jax.ablate.measure import timers
 from llama_jax.config import ModelConfig
 from llama_jax.model.cache import cache_bytes
 from llama_jax.model.count import cache_bytes_per_row, parameters
+from sharding.mesh import machine
 
 SHAPE = {
     **{"d_model": 768, "n_layers": 8, "n_heads": 12, "n_kv_heads": 12, "d_head": 64},
@@ -77,8 +78,7 @@ def main() -> None:
         del decode
     show(records)
     if given.out:
-        device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        record = {"jax": jax.__version__, "device": device, "rows": records}
+        record = {"jax": jax.__version__, "device": machine(), "rows": records}
         given.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,6 +1,7 @@
 """Meshes: how devices are arranged along named axes. No other file constructs one."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -58,6 +59,14 @@ def resolve(sizes: Mapping[str, int], n_devices: int) -> dict[str, int]:
             "change a size, or set one of them to -1 for all remaining devices"
         )
     return {name: n_devices // product if size == -1 else size for name, size in sizes.items()}
+
+
+def machine() -> str:
+    """What computes here, in words: `4 x TPU v5 lite`; of a CPU, which may pose as several devices,
+    its cores."""
+    if jax.default_backend() == "cpu":
+        return f"{os.cpu_count()} CPU cores"
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def _arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -59,6 +58,7 @@ from llama_jax.model.count import (
 from llama_jax.tokenizer.train import train_tokenizer
 from llama_jax.train.loop import train
 from llama_jax.train.metrics import METRICS, read_metrics
+from sharding.mesh import machine
 
 DONE, FAILED, STOPPED = 0, 1, 75
 STUDY, ACCOUNTS, RESULT, LOG = "study.yaml", "accounts.json", "result.json", "log.txt"
@@ -462,7 +462,7 @@ def study(config: AblateConfig, found: dict[str, Variant]) -> Study:
         corpus=corpus,
         tokens=run.steps * run.data.batch_size * run.data.sequence_length,
         sequence_length=run.data.sequence_length,
-        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        device=machine(),
         versions={name: version(name) for name in SHARED},
         command=f"python main.py ablate --config {STUDY}",
         accounts=records.read(accounts, tuple[Account, ...]) if accounts.exists() else (),

@@ -22,6 +22,7 @@ from llama_jax.data import sources
 from llama_jax.evaluate.perplexity import Score, losses
 from llama_jax.evaluate.settings import EvaluateConfig
 from llama_jax.model.layout import is_quantized
+from sharding.mesh import machine
 
 LONGEST_WINDOW = 2048  # where none is asked for
 LARGEST_DOCUMENT_MB = 1024
@@ -170,7 +171,7 @@ def _record(
         "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
         "tokenizer": model.tokenizer.fingerprint,
         "seconds": round(seconds, 3),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": machine(),
         "versions": {name: version(name) for name in ("llama-jax", "jax")},
         "settings": config.model_dump(mode="json", by_alias=True),
     }
