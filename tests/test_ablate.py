@@ -3,12 +3,13 @@
 import math
 import shutil
 
+import jax
 import pytest
 from corpora import sentences
 from faults import MODEL
 from rich.console import Console
 
-from llama_jax.ablate import command, measure, records
+from llama_jax.ablate import command, measure, parity, records
 from llama_jax.ablate.budget import amount, solve
 from llama_jax.ablate.command import Job, ablate, best_rate, compute_all, probes_asked
 from llama_jax.ablate.grid import training_run, trial_run, variants
@@ -376,6 +377,15 @@ def test_the_matrix_as_a_document_marks_what_is_too_far_off():
     assert "**" not in rows[2]
     assert "| **1.0e-03**, allowed 2.0e-05 |" in rows[3]
     assert all(row.count("|") == len(CELLS) + 2 for row in rows)
+
+
+def test_the_matrix_keeps_the_programs_of_one_variant_at_a_time(monkeypatch):
+    """A process may have only so many, and all of them together are more."""
+    monkeypatch.setattr(parity, "CELLS", {"cell": lambda case: Cell(0.0, 1.0)})
+    done = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: done.append("forgotten"))
+    done += [name for name, *_ in parity.matrix(["window", "alibi"])]
+    assert done.count("forgotten") == 2
 
 
 def test_the_best_rate_is_that_of_the_lowest_loss(tmp_path):

@@ -6,6 +6,7 @@ no variant yet.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from llama_jax.model.attention.grouped_query import GroupedQueryAttention
 from llama_jax.model.attention.interface import Attention
 from llama_jax.model.cache import KVCache, cache_bytes
 from llama_jax.model.llama import Llama
+from llama_jax.model.stack import unstack
 
 VARIANTS = parity.variants()
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -202,6 +204,19 @@ def test_bytes_of_the_cache_are_those_of_the_compiled_step(name):
     bf16 = cache_bytes(config, 3, length, jnp.bfloat16)
     recurrent = any(ATTENTION[place.attention].recurrent for place in config.places)
     assert recurrent or 2 * bf16 == cache_bytes(config, 3, length, jnp.float32)
+
+
+@pytest.mark.parametrize("name", ["multi_head", "multi_query", "latent"])
+def test_a_token_of_one_row_copies_no_cache(name):
+    """Of few key heads too, of which XLA would make copies to update."""
+    model = Llama(VARIANTS[name])
+    params = jax.eval_shape(lambda: unstack(model.init(jax.random.key(0))))
+    cache = jax.eval_shape(lambda: KVCache.init(model.config, 1, 4096, stacked=False))
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    step = jax.jit(model.apply, donate_argnames="cache")
+    text = step.lower(params, token, token, None, cache).compile().as_text()
+    assert "%cache" in text
+    assert not re.findall(r" copy\(%cache.*", text)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

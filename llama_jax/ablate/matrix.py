@@ -10,8 +10,10 @@ from rich.table import Table
 
 from llama_jax.ablate.parity import CELLS, DEVICES, Cell, matrix, variants
 from llama_jax.config import ConfigError
+from llama_jax.data.shards import write_atomic
 
 PASSED, FAILED = 0, 1
+WIDTH = 120  # characters, where there is no terminal to ask
 LEGEND = (
     "Every variant of `configs/variants.yaml`, in every use, against its definition in numpy and",
     "float64: the largest difference, in parts of the largest number; for bf16 the root of the sum",
@@ -28,6 +30,8 @@ def print_matrix(console: Console, out: Path) -> int:
             f"the matrix needs {DEVICES} devices and there are {len(jax.devices())}: set "
             "JAX_PLATFORMS=cpu"
         )
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
     found: dict[str, dict[str, Cell]] = {name: {} for name in variants()}
     with Live(console=console, refresh_per_second=1, transient=True) as live:
         for name, cell, result in matrix(list(found)):
@@ -46,7 +50,7 @@ def print_matrix(console: Console, out: Path) -> int:
     for cell in failed:
         console.print(f"[red]too far off: {cell}[/]")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "parity.md").write_text(markdown(found), encoding="utf-8")
+    write_atomic(out / "parity.md", markdown(found).encode())
     return FAILED if failed else PASSED
 
 

@@ -256,6 +256,9 @@ def matrix(names: Iterator[str] | list[str]) -> Iterator[tuple[str, str, Cell]]:
         case = Case(models[name])
         for cell, compute in CELLS.items():
             yield name, cell, compute(case)
+        # No other variant needs its programs, and a process may have only so many: each takes
+        # several memory maps, of which Linux allows 65,530, and XLA dies of the next.
+        jax.clear_caches()
 
 
 def _rising(rows: int, length: int) -> Any:

@@ -5,6 +5,7 @@ window or chunk has as many slots as it reaches back, and a token takes that of 
 gone out of reach: its cache does not grow with the text.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -176,6 +177,11 @@ class LayerCache:
         # would gather every row's tokens onto every device of a mesh that splits the batch. Heads
         # also keep it from making slices of a single row's scatter, which are not in place.
         first = 0 if self.depth is None else 1
+        if math.prod(new.shape[:3]) == 1 and jax.default_backend() == "cpu":
+            # Of a single vector XLA would make the update of a slice, and repeat that on copies of
+            # the slab wherever it is read: a second one, which is dropped, keeps it from that.
+            new = jnp.concatenate([new, new], axis=2)
+            slots_BT = jnp.pad(slots_BT, ((0, 0), (0, 1)), constant_values=slab.shape[first + 2])
         shape = new.shape[:3]
         slots = jnp.broadcast_to(slots_BT[:, None], shape)
         indices = {first + 2: slots}  # dimension of the slab -> index along it

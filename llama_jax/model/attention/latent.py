@@ -80,28 +80,26 @@ class LatentAttention(Attention):
         down = product("BTD,DR->BTR", x_BTD, w_down)
         latent = checkpoint_name(rms_norm(down[..., :R], norm, c.norm_eps), "value")
         turned = checkpoint_name(rotate(down[:, :, None, R:], *tokens.rotation), "key")
-        # One head of all: (B, 1, S, width).
-        stored = {"latent": latent[:, None], "turned": jnp.swapaxes(turned, 1, 2)}
+        # One key head for all: a latent, and behind it its turned part.
+        both = jnp.concatenate([latent[:, None], jnp.swapaxes(turned, 1, 2)], axis=-1)
         positions = None
         if cache is not None:
-            cache, stored, positions = cache.append(stored, c.keep_first, x_BTD.dtype)
+            cache, read, positions = cache.append({"latent": both}, c.keep_first, x_BTD.dtype)
+            both = read["latent"]
         visibility = tokens.visibility.of_keys(positions)
-        latents, turned_keys = stored["latent"], stored["turned"]
-        dtype = latents.dtype
         scale, sink = (H + P) ** -0.5, sinks(self, c)
         if absorbs(s, c, x_BTD.shape[1], cache is not None):
             q_latent = product("BTNH,RNH->BTNR", q_plain, w_key)
-            q = jnp.concatenate([q_latent, q_turned], axis=-1).astype(dtype)
-            keys = jnp.concatenate([latents, turned_keys], axis=-1)
-            y = attend(
-                *(q, keys, latents, visibility, "xla", self.rules, scoring(c, scale), sink)
-            ).astype(x_BTD.dtype)
-            y = product("BTNR,RNH->BTNH", y, w_value)
+            q = jnp.concatenate([q_latent, q_turned], axis=-1).astype(both.dtype)
+            # Values with their turned part, which is dropped from the sums: a slice of the cache
+            # would be a copy of it, for every token.
+            y = attend(*(q, both, both, visibility, "xla", self.rules, scoring(c, scale), sink))
+            y = product("BTNR,RNH->BTNH", y[..., :R].astype(x_BTD.dtype), w_value)
         else:
-            k = product("BSR,RNH->BNSH", latents[:, 0].astype(x_BTD.dtype), w_key)
-            v = product("BSR,RNH->BNSH", latents[:, 0].astype(x_BTD.dtype), w_value)
-            shape = (*k.shape[:3], P)
-            k = jnp.concatenate([k, jnp.broadcast_to(turned_keys, shape).astype(k.dtype)], axis=-1)
+            latents, turned_keys = jnp.split(both.astype(x_BTD.dtype), [R], axis=-1)
+            k = product("BSR,RNH->BNSH", latents[:, 0], w_key)
+            v = product("BSR,RNH->BNSH", latents[:, 0], w_value)
+            k = jnp.concatenate([k, jnp.broadcast_to(turned_keys, (*k.shape[:3], P))], axis=-1)
             q = jnp.concatenate([q_plain, q_turned], axis=-1)
             y = attend(*(q, k, v, visibility, "xla", self.rules, scoring(c, scale), sink))
         y = product("BTNH,NHD->BTD", constrain(y.astype(x_BTD.dtype), HEADS, self.rules), wo)
@@ -145,10 +143,7 @@ class LatentAttention(Attention):
         """A latent and a turned part per slot, whatever the number of heads."""
         s, slots = settings_of(config), slot_count(config, max_length, spare)
         axes = ("batch", None, "kv_seq", "head_dim")
-        return {
-            "latent": CacheArray((batch, 1, slots, s.kv_rank), axes),
-            "turned": CacheArray((batch, 1, slots, s.rope_width), axes),
-        }
+        return {"latent": CacheArray((batch, 1, slots, s.kv_rank + s.rope_width), axes)}
 
     @staticmethod
     def mixing_flops(config: ModelConfig, length: int) -> int:
@@ -190,6 +185,7 @@ def absorbs(s: LatentSettings, config: ModelConfig, queries: int, cached: bool) 
     """Whether scoring latents is less work than making keys and values of them: for few queries.
 
     Per latent, keys and values take kv_rank x 2 d_head products a head; each query of it takes
-    kv_rank - d_head more for its score, and for its value.
+    kv_rank - d_head more for its score, and rope_width more than that for its value.
     """
-    return cached and queries * (s.kv_rank - config.d_head) <= s.kv_rank * config.d_head
+    more = 2 * (s.kv_rank - config.d_head) + s.rope_width
+    return cached and queries * more <= s.kv_rank * 2 * config.d_head
