@@ -15,13 +15,13 @@ demo: .venv/.installed
 	$(BIN)/python main.py demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-parity: .venv/.references
-	$(BIN)/python -m pytest -q -n 2 -m parity
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m parity
 
 test-all: .venv/.llama_cpp
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow or parity or not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or parity or not slow"
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -22,9 +22,6 @@ from llama_jax.ablate.settings import AblateConfig, BudgetConfig, CostConfig, Pr
 from llama_jax.config import ConfigError, ModelConfig, configs_folder, load_model, parse, read
 from llama_jax.model.count import n_parameters
 
-# The study that is run lies with one process.
-pytestmark = pytest.mark.xdist_group("ablate")
-
 MODEL = MODEL | {"n_layers": 2}
 RUN = {
     "evaluate_batches": 100,

@@ -136,10 +136,6 @@ def test_an_unknown_attention_and_unknown_settings_are_refused():
 # --- the matrix ------------------------------------------------------------------------------
 
 
-# The cells of a variant share a process, and so what they have in common.
-TOGETHER = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in VARIANTS]
-
-
 def is_a_setting(config: ModelConfig) -> bool:
     """Whether a variant differs from others in its scores, masks or activation alone: how layers
     are looped over or computed again is then the same program."""
@@ -151,10 +147,7 @@ def is_a_setting(config: ModelConfig) -> bool:
 MATRIX = [
     pytest.param(
         *(name, cell),
-        marks=[
-            pytest.mark.xdist_group(name),
-            *([pytest.mark.slow] if cell in ("remat", "unrolled") and is_a_setting(config) else []),
-        ],
+        marks=[pytest.mark.slow] if cell in ("remat", "unrolled") and is_a_setting(config) else [],
     )
     for name, config in VARIANTS.items()
     for cell in CELLS
@@ -188,7 +181,7 @@ def test_another_definition_does_not_pass(cell, monkeypatch):
 # --- accounting ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_bytes_of_the_cache_are_those_of_the_compiled_step(name):
     """What a decoding step updates in place is the cache as it is accounted for."""
     config, length = VARIANTS[name], 512
