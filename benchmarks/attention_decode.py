@@ -1,6 +1,6 @@
 """How fast variants of attention decode when the cache is long: the compiled step of one row.
 
-    python benchmarks/attention_decode.py            (10 minutes on two cores, 6 GB)
+    python benchmarks/attention_decode.py            (three minutes on two cores)
 
 All variants take turns, round by round, so that what disturbs the machine disturbs all; the median
 counts. A decoding step reads every weight and the whole cache once, so beside each time stands what
