@@ -1,6 +1,5 @@
 """Placement of whole trees: parameters, optimizer state, caches, batches."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,7 +98,7 @@ def divided_spec(
                 f"({', '.join(mesh_sizes)}) does not have; give the mesh that axis (its size may "
                 "be 1), or change the rule"
             )
-        parts = math.prod(mesh_sizes[mesh_axis] for mesh_axis in split_by)
+        parts = rules.parts(axis, mesh_sizes)
         if size % parts:
             sizes = " x ".join(f"{mesh_axis}={mesh_sizes[mesh_axis]}" for mesh_axis in split_by)
             raise ValueError(

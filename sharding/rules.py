@@ -1,6 +1,7 @@
 """The rules table: logical axes, which a model speaks of, to mesh axes, which devices lie along."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,10 @@ class Rules:
                 f"the sharding rules have no axis '{logical}'; {hint}. Correct it, or add a rule"
             )
         return table[logical]
+
+    def parts(self, logical: str | None, sizes: Mapping[str, int]) -> int:
+        """Into how many parts a logical axis is split; sizes: mesh axis -> devices along it."""
+        return math.prod(sizes[axis] for axis in self.mesh_axes(logical))
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
         """The PartitionSpec of an array whose dimensions have these logical axes.

@@ -194,7 +194,7 @@ def test_a_variant_is_the_base_run_with_its_changes(tmp_path):
         ({"variants": {}}, "needs run and variants"),
         ({"base": "c"}, "base is 'c': variants are base, one_key_head"),
         ({"seeds": [1, 1]}, "a seed stands twice"),
-        ({"jobs": 3, "devices": ["0", "1"]}, r"jobs \(3\) is as many as devices \(2\)"),
+        ({"jobs": 3, "devices": ["0", "1"]}, r"jobs \(3\) must be as many as devices \(2\)"),
         ({"tuning": {"rates": [1, 2], "steps": 3, "seed": 0}}, "one of the study's seeds"),
     ],
 )

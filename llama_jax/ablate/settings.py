@@ -152,7 +152,7 @@ class AblateConfig(Schema):
                 "a study needs run and variants: name one of configs/ablations with --config"
             )
         if self.devices and self.jobs not in (1, len(self.devices)):
-            raise ValueError(f"jobs ({self.jobs}) is as many as devices ({len(self.devices)})")
+            raise ValueError(f"jobs ({self.jobs}) must be as many as devices ({len(self.devices)})")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed stands twice")
         if self.tuning and self.tuning.seed in self.seeds:

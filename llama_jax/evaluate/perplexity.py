@@ -19,7 +19,7 @@ from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama
 from llama_jax.model.ops.cross_entropy import token_losses
 from llama_jax.model.stack import Params
-from sharding.constrain import constrain
+from sharding.constrain import constrain, parts
 
 # Tokens that go through a cache at once; they bound the memory of the scores (heads x PIECE x
 # window). Batches are padded to a power of two of tokens, or to a multiple of this.
@@ -221,12 +221,8 @@ def _empty_cache(model: Llama, rows: int, slots: int, dtype: str, stacked: bool)
 
 def _row_count(model: Llama, rows: int) -> int:
     """`rows` (at least 1), rounded up to a multiple of what the mesh splits the batch into."""
-    rows = max(rows, 1)
-    rules, mesh = model.rules, jax.sharding.get_abstract_mesh()
-    if rules is None or mesh.empty:
-        return rows
-    parts = math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
-    return -(-rows // parts) * parts
+    devices = parts("batch", model.rules)
+    return -(-max(rows, 1) // devices) * devices
 
 
 def _width(longest: int, window: int) -> int:

@@ -29,6 +29,7 @@ from llama_jax.generate.speculative import Draft, SpeculativeDecoder
 from llama_jax.model.cache import forgets
 from llama_jax.model.llama import Llama
 from llama_jax.model.stack import Params
+from sharding.constrain import parts
 
 # (request, which of its answers, its new tokens, whether they are its last) -> None, or how many of
 # these tokens the answer keeps, which then ends.
@@ -278,11 +279,8 @@ def _cache_dtype(model: Llama) -> str:
 
 def _row_count(model: Llama, requests: int) -> int:
     """Rows to compute: a power of two, and a multiple of what the mesh splits the batch into."""
-    rules, mesh = model.rules, jax.sharding.get_abstract_mesh()
-    parts = 1
-    if rules is not None and not mesh.empty:
-        parts = int(np.prod([mesh.shape[axis] for axis in rules.mesh_axes("batch")]))
-    return -(-_power_of_two(requests) // parts) * parts
+    devices = parts("batch", model.rules)
+    return -(-_power_of_two(requests) // devices) * devices
 
 
 def _power_of_two(n: int) -> int:

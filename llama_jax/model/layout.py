@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from llama_jax.model.ops.weight import OutputMajor, Words
 from llama_jax.model.stack import Params, by_place, in_turn
 
+EXPERTS = ("expert_gate", "expert_up", "expert_down")
 # Output axes of every matrix. `embed` has its output, the vocabulary, first, since its rows are
 # looked up; all others have their outputs last.
 OUTPUTS = {
     **{"embed": 1, "q": 2, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1, "head": 1},
     **{"q_pair": 3, "k_pair": 3, "head_gate": 2, "q_down": 1, "q_up": 2, "kv_down": 1},
-    **{"expert_gate": 1, "expert_up": 1, "expert_down": 1},
+    **dict.fromkeys(EXPERTS, 1),
 }
 INPUTS = {**dict.fromkeys(OUTPUTS, 1), "o": 2}
 
@@ -99,7 +100,7 @@ def for_decoding(params: Params, rows: int, consume: bool = False) -> Params:
         if name == "embed" and not is_tied:
             return matrix
         weight = _output_major(name, matrix)
-        if rows > 1 or "expert" in name or not Words.can_hold(weight, OUTPUTS[name]):
+        if rows > 1 or name in EXPERTS or not Words.can_hold(weight, OUTPUTS[name]):
             return weight
         return _words(weight, OUTPUTS[name])
 

@@ -18,7 +18,7 @@ from llama_jax.config import ExpertsConfig, ModelConfig
 from llama_jax.model import feed_forward
 from llama_jax.model.feed_forward import FeedForward, is_gated
 from llama_jax.model.ops.activation import activate
-from llama_jax.model.ops.grouped import block_size, grouped_product, grouped_product_of
+from llama_jax.model.ops.grouped import block_size, grouped_product, output_major_product
 from llama_jax.model.ops.weight import OutputMajor
 from llama_jax.model.param import fan_in_normal, param
 from sharding.rules import Rules
@@ -102,8 +102,8 @@ def _on_mesh(
     of_weights = {
         "router": rules.spec((None, "router")),
         **{
-            name: _spec(rules, axes, weights[name])
-            for name, axes in OF_EXPERTS.items()
+            name: _spec(rules, names, weights[name])
+            for name, names in OF_EXPERTS.items()
             if name in weights
         },
     }
@@ -216,7 +216,7 @@ def _compute(
 
     def times(x: jax.Array, name: str) -> jax.Array:
         weight, block = weights[name], block_size(N * X, weights["router"].shape[1])
-        multiply = grouped_product_of if isinstance(weight, OutputMajor) else grouped_product
+        multiply = output_major_product if isinstance(weight, OutputMajor) else grouped_product
         split = OF_EXPERTS[name].index("embed")
         return multiply(x, weight, sizes_E, block, axes.embed, split)
 

@@ -68,8 +68,7 @@ def local(shape: Any, axes: Any, sizes: Mapping[str, int], rules: Rules, name: s
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return math.prod(
-        size // math.prod(sizes[mesh_axis] for mesh_axis in rules.mesh_axes(axis))
-        for size, axis in zip(shape, axes, strict=True)
+        size // rules.parts(axis, sizes) for size, axis in zip(shape, axes, strict=True)
     )
 
 

@@ -118,7 +118,7 @@ def training_wire(
     tokens = rows * config.data.sequence_length
     summed = tokens // sizes["context"] * config.model.d_model * wide
     rules = rules_for(config.model, config.mesh.rules, sizes)
-    heads = math.prod(sizes[axis] for axis in rules.mesh_axes("act_kv_heads"))
+    heads = rules.parts("act_kv_heads", sizes)
     keys_and_values = tokens * cache_bytes_per_token(config.model, wide) // heads
     amounts = {
         ("fsdp", "context"): config.accumulate * passes * gathered * wide * _ring(split),

@@ -4,7 +4,6 @@
 planned is what will run.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -113,7 +112,7 @@ def check_rows(config: TrainConfig, sizes: Mapping[str, int]) -> None:
         ConfigError: naming the numbers.
     """
     rows = config.data.batch_size // config.accumulate
-    shares = math.prod(sizes[axis] for axis in PRESETS[config.mesh.rules].mesh_axes("batch"))
+    shares = PRESETS[config.mesh.rules].parts("batch", sizes)
     if rows % shares:
         raise ConfigError(
             f"data.batch_size / accumulate ({rows}) must be a multiple of mesh.data x mesh.fsdp "
@@ -134,7 +133,7 @@ def check_tokens(config: TrainConfig, sizes: Mapping[str, int], platform: str) -
     """
     rules = PRESETS[config.mesh.rules]
     rows, length = config.data.batch_size // config.accumulate, config.data.sequence_length
-    devices = math.prod(sizes[axis] for axis in rules.mesh_axes("seq"))
+    devices = rules.parts("seq", sizes)
     wants = wanted(config.model)
     kernel = chosen(config.compute.attention, platform, devices, wants)
     stream = (rows, length, config.model.d_model)

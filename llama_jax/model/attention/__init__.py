@@ -3,7 +3,6 @@
 docs/add_a_variant.md says how to add one.
 """
 
-import math
 from collections.abc import Mapping
 
 from llama_jax.config import ConfigError, ModelConfig
@@ -74,8 +73,8 @@ def rules_for(config: ModelConfig, preset: str, sizes: Mapping[str, int]) -> Rul
         sizes: mesh axis -> devices along it.
     """
     rules = PRESETS[preset]
-    shares = math.prod(sizes[axis] for axis in rules.mesh_axes("act_kv_heads"))
-    if any(place.n_kv_heads % shares for place in config.places):
+    devices = rules.parts("act_kv_heads", sizes)
+    if any(place.n_kv_heads % devices for place in config.places):
         return rules.replace(kv_heads=None, act_kv_heads=None)
     return rules
 

@@ -65,7 +65,7 @@ def _backward(block, mesh_axes, dimension, operands, gradient_MO):
 grouped_product.defvjp(_forward, _backward)
 
 
-def grouped_product_of(
+def output_major_product(
     x_MI: jax.Array,
     weight: OutputMajor,
     sizes_E: jax.Array,
