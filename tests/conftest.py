@@ -16,6 +16,18 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 
 
+# Most of the suite's time is compilation of programs that run once, and a third of that LLVM's work
+# on their loops. XLA's own passes, which decide what is computed and where it lies, stay; all is
+# there for tests that bear the mark.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Sets how well programs are compiled, before fixtures compile any."""
+    is_quick = item.get_closest_marker("optimized") is None
+    if is_quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", is_quick)
+        jax.clear_caches()
+
+
 # Of the 65,530 memory maps that Linux gives a process, every compiled program has some: a worker
 # that kept them all would be aborted by XLA in the middle of the suite.
 MOST_MAPS = 45_000

@@ -313,6 +313,7 @@ def test_a_folder_of_another_study_is_refused(done):
             ablate(other)
 
 
+@pytest.mark.optimized
 def test_a_run_by_itself_is_the_run_of_the_study(done):
     """--only computes it, bit for bit, from the checkpoint that is there or from nothing."""
     folder = command.Path(done.out) / command.RUNS / "base" / "0"
@@ -449,7 +450,8 @@ def test_the_largest_batch_is_the_largest_power_of_two_that_fits():
 
 
 def test_speeds_of_every_variant_and_context():
-    models = {"a": TINY, "b": TINY.model_copy(update={"n_kv_heads": 1})}
+    small = TINY.model_copy(update={"n_layers": 1})
+    models = {"a": small, "b": small.model_copy(update={"n_kv_heads": 1})}
     found = measure.speeds(models, CostConfig(contexts=(8, 16), rows=1, rounds=2))
     assert {name: [s.context for s in speeds] for name, speeds in found.items()} == {
         "a": [8, 16],

@@ -170,6 +170,7 @@ def mixed(params: Params) -> list[list[Answer]]:
     ]
 
 
+@pytest.mark.optimized
 def test_settings_of_every_kind_in_one_batch_are_those_of_the_reference(
     params: Params, mixed: list[list[Answer]]
 ) -> None:
@@ -181,6 +182,7 @@ def test_settings_of_every_kind_in_one_batch_are_those_of_the_reference(
     assert {one.finish_reason for group in found for one in group} == {"eos", "length"}
 
 
+@pytest.mark.optimized
 def test_every_kind_of_settings_changes_answers(params: Params, mixed: list[list[Answer]]) -> None:
     """Or the test above would not see it."""
     reference = Reference(MODEL, params)
@@ -193,6 +195,7 @@ def test_every_kind_of_settings_changes_answers(params: Params, mixed: list[list
     assert not unchanged
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_a_request_alone_is_answered_as_among_64_others(
     params: Params, mixed: list[list[Answer]], batch_size: int
@@ -202,6 +205,7 @@ def test_a_request_alone_is_answered_as_among_64_others(
     assert found == mixed[: len(KINDS)]
 
 
+@pytest.mark.optimized
 def test_rows_given_out_together_give_the_same(params: Params, mixed: list[list[Answer]]) -> None:
     requests = mixed_requests()
     engine = Engine(MODEL, params, requests, V, None, 64, "float32", continuous=False)

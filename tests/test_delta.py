@@ -15,10 +15,8 @@ from sharding.mesh import make_mesh
 
 B, N, H, V, C = 2, 4, 3, 6, 5  # C: channels of the convolution
 
-# Most of the time of these tests is compilation, and code that is run once needs no optimizing.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-run = quick_jit(gated_delta, static_argnums=7)
-convolve = quick_jit(short_convolution)
+run = jax.jit(gated_delta, static_argnums=7)
+convolve = jax.jit(short_convolution)
 
 
 def places(starts, length):
@@ -151,7 +149,7 @@ def gradients(rule, *chunk):
         results = rule(q, k, v, log_decay, beta, starts, state, *chunk)
         return sum(jnp.sum(x * jnp.cos(jnp.arange(x.size)).reshape(x.shape)) for x in results)
 
-    return quick_jit(jax.grad(loss, argnums=range(6)))
+    return jax.jit(jax.grad(loss, argnums=range(6)))
 
 
 @pytest.mark.parametrize("decay", [0.3, 50.0])
@@ -251,6 +249,6 @@ def test_devices_that_share_rows_and_heads_send_nothing():
     place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
     tokens, state = place("rows", None, "heads"), place("rows", "heads")
     shardings = (*[tokens] * 5, place("rows"), state)
-    sharded = quick_jit(gated_delta, in_shardings=shardings, static_argnums=7)
+    sharded = jax.jit(gated_delta, in_shardings=shardings, static_argnums=7)
     program = sharded.lower(*example(40), 16).compile().as_text()
     assert not re.search("all-|collective-|reduce-scatter", program)

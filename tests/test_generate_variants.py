@@ -53,8 +53,11 @@ def requests(**sampling) -> list[Request]:
     return [Request(prompt, settings, (), i) for i, prompt in enumerate(PROMPTS)]
 
 
-@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "for decoding"])
-@pytest.mark.parametrize("name", TRIED)
+@pytest.mark.parametrize(
+    ("name", "stacked"),
+    [(name, False) for name in TRIED]
+    + [("window_keep_first", True), ("gated_delta_in_turn", True)],
+)
 def test_two_rows_serve_five_prompts(name, stacked):
     """Rows are given out anew, in a cache that others have used; prompts are longer than the
     windows, and padded to the length of a piece."""

@@ -38,11 +38,8 @@ CONFIG = ModelConfig(
 MODEL = Llama(CONFIG)
 LAYOUTS = pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 
-# Half the time of these tests is compilation, and code that is run once needs no optimizing.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 # The model is a static argument, its head too.
-apply = quick_jit(Llama.apply, static_argnums=0, static_argnames="head")
+apply = jax.jit(Llama.apply, static_argnums=0, static_argnames="head")
 
 
 def config(**changes: Any) -> ModelConfig:
@@ -180,7 +177,7 @@ def test_the_cache_names_its_axes(layout):
 def test_new_parameters_are_drawn_as_they_are_declared():
     """Standard deviation 1 / sqrt(fan in), what writes into the residual stream by its 2 L
     additions smaller; norms 1; no two arrays and no two layers alike."""
-    init = quick_jit(MODEL.init)
+    init = jax.jit(MODEL.init)
     params = init(jax.random.key(3))
     assert jax.tree.structure(params) == jax.tree.structure(MODEL.shapes())
     assert isinstance(params["layers"]["attention"]["q"], jax.Array)
@@ -286,7 +283,9 @@ def test_attention_in_blocks_of_queries_is_attention(length, window):
     def ours(q, k, v):
         return jnp.sum(direction * attend(q, k, v, visibility))
 
-    got, expected = (jax.value_and_grad(f, argnums=(0, 1, 2))(q, k, v) for f in (ours, theirs))
+    got, expected = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (ours, theirs)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), got, expected)
 
 
@@ -506,8 +505,8 @@ def test_packed_documents_are_as_if_separate():
         documents = logits[0, :12].reshape(3, 4, V)
         return jnp.sum(documents * direction), documents
 
-    gradient, logits = quick_jit(jax.grad(packed, has_aux=True))(params)
-    expected_gradient, expected = quick_jit(jax.grad(separate, has_aux=True))(params)
+    gradient, logits = jax.jit(jax.grad(packed, has_aux=True))(params)
+    expected_gradient, expected = jax.jit(jax.grad(separate, has_aux=True))(params)
     assert_close(logits, expected)
     assert_close(gradient, expected_gradient)
 
@@ -524,9 +523,7 @@ def loss_and_logits(model: Llama, params: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(logits * DIRECTION), logits
 
 
-gradient_and_logits = quick_jit(
-    jax.grad(loss_and_logits, argnums=1, has_aux=True), static_argnums=0
-)
+gradient_and_logits = jax.jit(jax.grad(loss_and_logits, argnums=1, has_aux=True), static_argnums=0)
 
 
 @pytest.mark.parametrize(

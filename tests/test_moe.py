@@ -33,9 +33,6 @@ SMALL = ModelConfig(
     tie_embeddings=False,
 )
 
-# Most of the time of these tests is compilation, and code that runs once needs no optimizing.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def config_of(count=4, per_token=2, feed_forward="swiglu", **experts):
     experts = ExpertsConfig(count=count, per_token=per_token, **experts)
@@ -57,7 +54,7 @@ def layer_of(config, rules=None):
     return MixtureOfExperts(config, rules), weights | {"router": 3 * weights["router"]}, axes
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def run(layer, weights, x, real=None):
     return layer.apply({"params": weights}, x, real)
 
@@ -124,7 +121,7 @@ def test_gradients_are_those_of_the_dense_form(score, normalise, feed_forward):
     x, cotangent = some_x(2, 7), some_x(2, 7, seed=1)
 
     def gradients(of):
-        return quick_jit(jax.grad(lambda w, x: jnp.sum(of(w, x) * cotangent), (0, 1)))(weights, x)
+        return jax.jit(jax.grad(lambda w, x: jnp.sum(of(w, x) * cotangent), (0, 1)))(weights, x)
 
     found = gradients(lambda w, x: layer.apply({"params": w}, x)[0])
     expected = gradients(lambda w, x: dense(config, w, x))
@@ -140,7 +137,7 @@ def test_an_expert_that_nothing_chooses_has_no_gradient():
     layer, weights, _ = layer_of(config)
     x = np.abs(some_x(1, 6))
     weights["router"] = weights["router"].at[:, 2].set(-10)
-    grad = quick_jit(jax.grad(lambda w: jnp.sum(layer.apply({"params": w}, x)[0] ** 2)))(weights)
+    grad = jax.jit(jax.grad(lambda w: jnp.sum(layer.apply({"params": w}, x)[0] ** 2)))(weights)
     norms = jnp.sum(grad["expert_up"] ** 2, axis=(1, 2))
     assert norms[2] == 0
     assert jnp.all(norms[jnp.array([0, 1, 3])] > 0)
@@ -251,7 +248,7 @@ def groups_of(sizes):
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-@functools.partial(quick_jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=4)
 def product_and_gradients(x, w, g, sizes, block):
     y, pull = jax.vjp(lambda x, w: grouped_product(x, w, sizes, block), x, w)
     return y, *pull(g)
@@ -350,7 +347,7 @@ def everything(layer, weights, x, real):
 def alone(config):
     """All of it on one device, of a batch with padding and an empty row."""
     layer, weights, _ = layer_of(config)
-    return quick_jit(functools.partial(everything, layer))(weights, *some_batch())
+    return jax.jit(functools.partial(everything, layer))(weights, *some_batch())
 
 
 def some_batch():
@@ -382,7 +379,7 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device(sizes, rules, fe
     weights = place(weights, axes, mesh, rules)
     inputs = [place(a, tokens[: a.ndim], mesh, rules) for a in some_batch()]
     with jax.set_mesh(mesh):
-        step = quick_jit(functools.partial(everything, layer))
+        step = jax.jit(functools.partial(everything, layer))
         found = jax.block_until_ready(step(weights, *inputs))
     close(found, alone(config))
 
@@ -426,10 +423,10 @@ def test_gradients_pass_a_scan_over_rematerialised_layers_on_a_mesh():
         return jnp.sum(x**2) + jnp.sum(balance)
 
     x = some_x(4, 4)
-    expected = quick_jit(jax.grad(functools.partial(total, single)))(weights, x)
+    expected = jax.jit(jax.grad(functools.partial(total, single)))(weights, x)
     stacked = {name: ("layers", *names) for name, names in axes.items()}
     with jax.set_mesh(mesh):
-        step = quick_jit(jax.grad(functools.partial(total, layer)))
+        step = jax.jit(jax.grad(functools.partial(total, layer)))
         found = jax.block_until_ready(step(place(weights, stacked, mesh, rules), x))
     close(found, expected)
 

@@ -15,7 +15,7 @@ from parity import greedy, in_our_layout, load_folder
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import Llama
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.optimized]
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))

@@ -45,14 +45,6 @@ def config(**changes):
     return ModelConfig.model_validate({**CONFIG.model_dump(), **changes})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hurried():
-    """Most of the time here is compilation, and code that is run once needs no optimizing."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def parameters(model=MODEL):
     """Random parameters, faster than `init`."""
     random = np.random.default_rng(0)

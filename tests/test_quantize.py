@@ -65,14 +65,6 @@ ROWS = (1, 2, 8, 9, 33)
 TIED = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hurried():
-    """Most of the time here is compilation, and code that is run once needs no optimizing."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def parameters(model):
     """Random parameters of very different sizes, one output of a matrix all zeros."""

@@ -38,9 +38,6 @@ TIED = CONFIG.model_copy(update={"tie_embeddings": True})
 ROWS, LENGTH = 4, 8
 TOLERANCE = 1e-5
 
-# Most of the time of these tests is compilation, and code that runs once needs no optimizing.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 Sizes = tuple[int, ...]
 
 
@@ -99,7 +96,7 @@ def place_batch(mesh: jax.sharding.Mesh, rules: Rules) -> dict[str, jax.Array]:
     return place(batch(), dict.fromkeys(batch(), ("batch", "seq")), mesh, rules)
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def evaluate(model: Llama, params: Any, batch: dict[str, jax.Array]) -> Result:
     """Logits, mean cross-entropy and its gradients, written out from the logits."""
 
@@ -202,8 +199,8 @@ def test_init_on_a_mesh_is_init():
     model = Llama(CONFIG, SCANNED, rules)
     with jax.set_mesh(mesh):
         placed = shardings(model.shapes(), model.axes(), mesh, rules)
-        params = quick_jit(model.init, out_shardings=placed)(jax.random.key(0))
-    expected = quick_jit(Llama(CONFIG).init)(jax.random.key(0))
+        params = jax.jit(model.init, out_shardings=placed)(jax.random.key(0))
+    expected = jax.jit(Llama(CONFIG).init)(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
@@ -250,7 +247,7 @@ def test_a_training_step_keeps_its_state_split():
     state = place(start, state_axes(axes, optimizer), mesh, rules)
     share = bytes_per_device(state)
     with jax.set_mesh(mesh):
-        compiled = quick_jit(step).lower(state, place(rows, batch_axes, mesh, rules)).compile()
+        compiled = jax.jit(step).lower(state, place(rows, batch_axes, mesh, rules)).compile()
         state, metrics = jax.block_until_ready(
             compiled(state, place(rows, batch_axes, mesh, rules))
         )
@@ -259,7 +256,7 @@ def test_a_training_step_keeps_its_state_split():
     assert gathers
     assert not [line for line in gathers if re.search(rf"\[{CONFIG.n_layers},", line)]
 
-    expected = jax.block_until_ready(quick_jit(plain_step)(start, rows))
+    expected = jax.block_until_ready(jax.jit(plain_step)(start, rows))
     assert_same(metrics["loss"], expected[1]["loss"])
     assert_same(metrics["grad_norm"], expected[1]["grad_norm"])
 
@@ -274,7 +271,7 @@ def test_the_loss_and_its_gradients_are_those_of_one_device(sizes):
     compute = ComputeConfig(loss_chunks=2)
 
     def gradients(model: Llama, params: Any, batch: Any) -> Any:
-        return quick_jit(jax.value_and_grad(lm_loss(model), has_aux=True))(params, batch)
+        return jax.jit(jax.value_and_grad(lm_loss(model), has_aux=True))(params, batch)
 
     expected = jax.block_until_ready(gradients(Llama(CONFIG, compute), parameters(CONFIG), batch()))
     model = Llama(CONFIG, compute, rules)
@@ -308,7 +305,7 @@ def test_sharded_decoding_equals_the_full_forward_alone(sizes, preset, stacked):
     cache = place(cache, cache.axes, mesh, rules)
     share = bytes_per_device(cache)
 
-    @quick_jit
+    @jax.jit
     def forward(params, tokens, positions, segments, cache):
         output = model.apply(params, tokens, positions, segments, cache)
         return output.value, output.cache

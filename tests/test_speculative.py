@@ -354,6 +354,7 @@ def test_rows_grow_by_their_new_tokens_as_by_one_after_another() -> None:
 WARM = SamplingConfig(temperature=1, top_p=0.95, max_new_tokens=10, seed=5)
 
 
+@pytest.mark.optimized
 def test_a_row_alone_draws_what_it_draws_among_others(params: Params, near: Params) -> None:
     draft = Draft(MODEL, near, 3)
     kinds = [

@@ -68,15 +68,6 @@ def toy_batch(seed=0):
     }
 
 
-@pytest.fixture
-def in_a_hurry():
-    """Programs that run once are compiled without XLA's costly optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("in_a_hurry")
 def test_accumulation_is_one_large_batch():
     """The parts carry unequal weights, so a mean of their means would differ."""
     model = Llama(MODEL, ComputeConfig(scan_layers=False, loss_chunks=1))

@@ -8,6 +8,7 @@ from llama_jax.convert import huggingface
 from llama_jax.model.llama import Llama
 from llama_jax.model.stack import unstack
 
+pytestmark = pytest.mark.optimized
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 )

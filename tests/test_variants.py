@@ -7,14 +7,18 @@ no variant yet.
 
 import functools
 import re
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import pytest
+import yaml
 
 from llama_jax.ablate import parity, reference
 from llama_jax.ablate.parity import CELLS, Case, Cell
-from llama_jax.config import ConfigError, ModelConfig, parse
+from llama_jax.config import ConfigError, ModelConfig, configs_folder, parse, read_yaml
 from llama_jax.model import count
 from llama_jax.model.attention import ATTENTION, OPTIONAL
 from llama_jax.model.attention.grouped_query import GroupedQueryAttention
@@ -24,7 +28,6 @@ from llama_jax.model.llama import Llama
 from llama_jax.model.stack import unstack
 
 VARIANTS = parity.variants()
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
@@ -178,6 +181,33 @@ def test_another_definition_does_not_pass(cell, monkeypatch):
     assert not CELLS[cell](Case(VARIANTS["window"])).passes
 
 
+@pytest.fixture
+def guide(monkeypatch) -> ModelConfig:
+    """The variant of docs/add_a_variant.md, added as it says: a file and two lines."""
+    text = (Path(__file__).parents[1] / "docs" / "add_a_variant.md").read_text()
+    file, entry = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    line = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0]
+    module = ModuleType("llama_jax.model.attention.tempered")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where annotations are looked up
+    exec(compile(file, "docs/add_a_variant.md", "exec"), vars(module))
+    (name, attention), *_ = eval(f"{{{entry}}}", vars(module)).items()
+    monkeypatch.setitem(ATTENTION, name, attention)
+    values = read_yaml(configs_folder() / "variants.yaml")["base"] | yaml.safe_load(line)[name]
+    return parse(ModelConfig, values, line)
+
+
+def test_the_variant_of_the_guide_is_one(guide):
+    """In every use; its temperature is learned, and counts."""
+    own = Case(guide)
+    assert own.config.attention == "tempered"
+    failed = {name: cell for name, of in CELLS.items() if not (cell := of(own)).passes}
+    assert not failed
+    plain = Case(VARIANTS["grouped_query"])
+    extra = count.parameters(guide).total - count.parameters(plain.config).total
+    assert extra == guide.n_layers * guide.n_heads
+    assert not plain.off(own.logits, slice(None)).passes
+
+
 # --- accounting ------------------------------------------------------------------------------
 
 
@@ -188,7 +218,7 @@ def test_bytes_of_the_cache_are_those_of_the_compiled_step(name):
     model = Llama(config)
     token = jax.ShapeDtypeStruct((3, 1), jnp.int32)
     cache = jax.eval_shape(lambda: KVCache.init(config, 3, length))
-    step = quick_jit(model.apply, donate_argnames="cache")
+    step = jax.jit(model.apply, donate_argnames="cache")
     memory = step.lower(model.shapes(), token, token, None, cache).compile().memory_analysis()
     assert memory.alias_size_in_bytes == cache_bytes(config, 3, length, jnp.float32)
     if all(place.reach is None for place in config.places):  # windows are full by then

@@ -189,20 +189,24 @@ def capacity(config: ModelConfig, context: int, memory_gib: float) -> Capacity:
     As for figure 24 of Llama 2 (arXiv 2307.09288), where the batch was doubled until memory ran
     out; here memory is that of the compiled step, in bf16, and nothing runs.
     """
-    limit, rows, taken = int(memory_gib * GIB), 0, 0
-    # Memory grows in a straight line with the rows: two sizes tell where to look.
-    one, two = (compiled_bytes(config, n, context) for n in (1, 2))
-    guess = 1 + max(limit - one, 0) / max(two - one, 1)
-    power = min(1 << max(int(guess).bit_length() - 1, 0), LARGEST)
-    while power >= 1:
-        needed = compiled_bytes(config, power, context)
-        if needed <= limit:
-            rows, taken = power, needed
-            break
-        power //= 2
-    return Capacity(context, memory_gib, rows, taken)
+    limit = int(memory_gib * GIB)
+
+    def fits(rows: int) -> bool:
+        return rows <= LARGEST and compiled_bytes(config, rows, context) <= limit
+
+    # Memory grows in a straight line with the rows, but for the first few, whose programs are
+    # others: two sizes tell where to look.
+    few, more = (compiled_bytes(config, rows, context) for rows in (8, 16))
+    guess = 8 + (limit - few) * 8 // max(more - few, 1)
+    rows = min(1 << max(guess, 1).bit_length() - 1, LARGEST)
+    while fits(2 * rows):
+        rows *= 2
+    while rows and not fits(rows):
+        rows //= 2
+    return Capacity(context, memory_gib, rows, rows and compiled_bytes(config, rows, context))
 
 
+@functools.cache
 def compiled_bytes(config: ModelConfig, rows: int, context: int) -> int:
     """Bytes that a decoding step takes: parameters and cache in bf16, and what it works with."""
     model = Llama(config, ComputeConfig(dtype="bfloat16"))
@@ -210,7 +214,9 @@ def compiled_bytes(config: ModelConfig, rows: int, context: int) -> int:
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
     cache = jax.eval_shape(lambda: KVCache.init(config, rows, context, jnp.bfloat16))
     token = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
-    step = jax.jit(model.apply, donate_argnames="cache")
+    # Memory is given out before machine code is made, which nobody will run.
+    hasty = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    step = jax.jit(model.apply, donate_argnames="cache", compiler_options=hasty)
     memory = step.lower(params, token, token, None, cache).compile().memory_analysis()
     assert memory is not None
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
