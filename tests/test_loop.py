@@ -28,7 +28,7 @@ from llama_jax.train.metrics import read_metrics
 from llama_jax.train.report import TrainingError
 from sharding.mesh import make_mesh
 
-OPTIMIZED = pytest.mark.optimized
+pytestmark = pytest.mark.optimized
 STEPS, HALF = 8, 4
 COMPUTE = {"loss_chunks": 2, "scan_layers": False}
 
@@ -63,10 +63,7 @@ def compiled(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "compile_programs", compile_once)
-        yield {
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "True",
-            **{name.upper(): str(value) for name, value in settings.items()},
-        }
+        yield {name.upper(): str(value) for name, value in settings.items()}
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -141,8 +138,7 @@ def undisturbed(corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-# Without its optimisations XLA cannot multiply bf16 on a CPU.
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=OPTIMIZED)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_resumed_is_undisturbed_to_the_bit(corpus, tmp_path, monkeypatch, seed, dtype, accumulate):
     """The middle checkpoint was written while the first run went on with donated arrays."""

@@ -30,6 +30,7 @@ from llama_jax.plan.settings import PlanConfig
 from llama_jax.train import loop
 from sharding.collectives import Collective, collectives
 
+pytestmark = pytest.mark.optimized
 RUNS = schema.configs_folder() / "runs"
 PRESETS = sorted(path.stem for path in RUNS.glob("pretrain_*_*_*-*.yaml"))
 FIELDS = {

@@ -7,6 +7,7 @@ import pytest
 
 from llama_jax.model.ops.product import product
 
+pytestmark = pytest.mark.optimized  # else XLA multiplies bf16 slowly, or not at all on a CPU
 SUBSCRIPTS = ["BTD,DF->BTF", "BTD,DKH->BTKH", "BTNH,NHD->BTD", "BTKGH,BSKH->BKTGS"]
 SIZES = dict(zip("BTSDFKGHN", (2, 3, 5, 4, 6, 2, 3, 7, 8), strict=True))
 
