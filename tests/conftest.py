@@ -30,7 +30,7 @@ def pytest_runtest_setup(item):
 
 
 def in_a_hurry(*args, env_options_overrides=None, **kwargs):
-    """JAX's options of a compilation, with one that it has no setting for; half as long again."""
+    """JAX's options of a compilation, and one that it has no setting for, which saves as much."""
     options = dict(env_options_overrides or {})
     if jax.config.read("jax_disable_most_optimizations"):
         options.setdefault("xla_cpu_use_fusion_emitters", False)
