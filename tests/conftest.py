@@ -17,9 +17,9 @@ from jax._src import compiler
 jax.config.update("jax_num_cpu_devices", 4)
 
 
-# Most of the suite's time is compilation of programs that run once, and two thirds of that are
-# LLVM's work on their loops. XLA's own passes, which decide what is computed and where it lies,
-# stay; and all is there for tests that bear the mark.
+# Most of the suite's time is compilation of programs that run once, and two thirds of that is the
+# making of good machine code. XLA's passes before it, which decide what is computed and where it
+# lies, stay; and all is there for tests that bear the mark.
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Sets how well programs are compiled, before fixtures compile any."""

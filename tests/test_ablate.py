@@ -313,7 +313,7 @@ def test_a_folder_of_another_study_is_refused(done):
             ablate(other)
 
 
-@pytest.mark.optimized
+@pytest.mark.optimized  # as the processes of the study compile
 def test_a_run_by_itself_is_the_run_of_the_study(done):
     """--only computes it, bit for bit, from the checkpoint that is there or from nothing."""
     folder = command.Path(done.out) / command.RUNS / "base" / "0"

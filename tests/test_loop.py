@@ -28,7 +28,7 @@ from llama_jax.train.metrics import read_metrics
 from llama_jax.train.report import TrainingError
 from sharding.mesh import make_mesh
 
-pytestmark = pytest.mark.optimized
+pytestmark = pytest.mark.optimized  # what goes on exactly is what users run
 STEPS, HALF = 8, 4
 COMPUTE = {"loss_chunks": 2, "scan_layers": False}
 

@@ -30,7 +30,7 @@ from llama_jax.plan.settings import PlanConfig
 from llama_jax.train import loop
 from sharding.collectives import Collective, collectives
 
-pytestmark = pytest.mark.optimized
+pytestmark = pytest.mark.optimized  # plans are of real programs
 RUNS = schema.configs_folder() / "runs"
 PRESETS = sorted(path.stem for path in RUNS.glob("pretrain_*_*_*-*.yaml"))
 FIELDS = {
